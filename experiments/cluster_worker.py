@@ -1,4 +1,4 @@
-"""Runs one cell in a worker of a Ray cluster, for experiments.cluster."""
+"""Runs a cell in a worker of a Ray cluster, for experiments.cluster."""
 
 import contextlib
 import os
@@ -15,25 +15,33 @@ from sweet_jax.directories import lock_directory
 from sweet_jax.distributed import PreemptedError
 from sweet_jax.errors import UserError
 
-_LEASE = 120.0  # seconds that network storage may keep the lock of a node that is gone
+_LEASE = 120.0  # seconds for which network storage may keep the lock of a node that is gone
 
 
-def run_task(one: Cell, kind: str, folder: Path, workdir: Path) -> Iterator[tuple[str, Any]]:
-    """Runs a cell in a worker; yields where it runs, and how it ended."""
+def run_task(cell: Cell, kind: str, folder: Path, workdir: Path) -> Iterator[tuple[str, Any]]:
+    """Runs a cell in a worker; yields ("started", place) and ("ended", manifest entry).
+
+    Args:
+      cell: the cell.
+      kind: jax backend that it must run on, "cpu", "gpu" or "tpu".
+      folder: folder of the driver.
+      workdir: --workdir of the driver.
+
+    """
     signal.signal(signal.SIGTERM, _raise_stopped)
-    # What Ray's cancel sends becomes what training answers by saving its state.
+    # Ray cancels a task with SIGINT; after SIGTERM, training saves its state.
     signal.signal(signal.SIGINT, lambda *_: signal.raise_signal(signal.SIGTERM))
     yield "started", f"{socket.gethostname()}, process {os.getpid()}"
     try:
         _check_node(kind, folder, workdir)
-        # The files of a cell are its task's alone, from the first look at its outputs on: a task of
-        # a driver that was killed may not have ended yet.
-        with _held_soon(workdir / ".cells" / one.name):
-            if is_finished(workdir, one.name):
-                shutil.rmtree(workdir / one.name, ignore_errors=True)
+        # Even looking at a cell's outputs needs the lock, since a task of a driver that was killed
+        # may still be running.
+        with _lock_patiently(workdir / ".cells" / cell.name):
+            if is_finished(workdir, cell.name):
+                shutil.rmtree(workdir / cell.name, ignore_errors=True)
                 state = {"state": "done"}
             else:
-                state = run_cell(one, workdir)
+                state = run_cell(cell, workdir)
     except UserError as error:
         state = {"state": "failed", "error": f"{type(error).__name__}: {error}"}
     yield "ended", state
@@ -48,24 +56,25 @@ def _check_node(kind: str, folder: Path, workdir: Path) -> None:
         os.chdir(folder)
     except OSError as error:
         raise UserError(
-            f"{host} has no {str(folder)!r}, where the command runs: nodes must share storage"
+            f"{host} has no folder {str(folder)!r}, in which the command runs: put it on storage "
+            "that all nodes share"
         ) from error
     if not (workdir / "manifest.json").exists():
         raise UserError(
-            f"{host} does not see {str(workdir / 'manifest.json')!r}: give a --workdir on storage "
-            "that all nodes share"
+            f"{host} has no file {str(workdir / 'manifest.json')!r}: set --workdir to a folder on "
+            "storage that all nodes share"
         )
-    found = jax.default_backend()
-    if found != kind:
+    backend = jax.default_backend()
+    if backend != kind:
         raise UserError(
-            f"the cell was given a {kind.upper()} of {host}, but jax computes on its {found} "
-            "there: install jax for it, and look at JAX_PLATFORMS"
+            f"the cell has a {kind.upper()} of {host}, but jax uses the {backend} there: install "
+            "jax for it, and check JAX_PLATFORMS"
         )
 
 
 @contextlib.contextmanager
-def _held_soon(folder: Path) -> Iterator[None]:
-    """Locks a directory as `lock_directory` does, but waits for an owner that may be gone."""
+def _lock_patiently(folder: Path) -> Iterator[None]:
+    """Locks a directory like `lock_directory`, but waits for an owner that may be gone."""
     deadline = time.monotonic() + _LEASE
     with contextlib.ExitStack() as stack:
         while True:

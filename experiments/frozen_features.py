@@ -1,7 +1,7 @@
-"""Features of a frozen encoder at all its exits, computed in one pass and kept, and their probes.
+"""Computes and stores the features of a frozen encoder at all its exits, and fits probes on them.
 
-Shape letters: S seed, E exit, U training rows that any seed uses, N training, M tuning,
-K calibration, V validation rows, H hidden.
+Shape letters: S seed, E exit, U rows of the training file that any seed uses, N training rows,
+M tuning rows, K calibration rows, V validation rows, H hidden, C classes.
 """
 
 import dataclasses
@@ -25,25 +25,37 @@ from sweet_jax.training.sharding import make_mesh, replica_sharding, reshard
 
 
 class Features(NamedTuple):
-    """Holds the features of all rows, and which rows each seed uses."""
+    """Holds the features of all rows, and the rows that each seed uses.
 
-    train: np.ndarray  # float32 [E, U, H]
-    labels: np.ndarray  # int [U]
-    training: np.ndarray  # int [S, N], places on the axis U
-    tuning: np.ndarray  # int [S, M]
-    calibration: np.ndarray  # int [S, K]
-    validation: np.ndarray  # float32 [E, V, H]
+    Attributes:
+      train: features of the rows of the training file, float32 [E, U, H].
+      labels: their labels, int [U].
+      training, tuning, calibration: positions in U of the rows of each seed, int [S, N], [S, M] and
+        [S, K].
+      validation: features of the validation rows, float32 [E, V, H].
+
+    """
+
+    train: np.ndarray
+    labels: np.ndarray
+    training: np.ndarray
+    tuning: np.ndarray
+    calibration: np.ndarray
+    validation: np.ndarray
 
 
 def compute_features(job: PreparedRun, path: Path) -> Features:
-    """Returns the features of a run whose encoder is not trained; reads them where `path` is."""
+    """Returns the features of a run whose encoder is not trained.
+
+    Reads those of `path` if it exists; else computes them and writes it.
+    """
     used = np.unique(np.concatenate(job.rows, axis=1))  # [U]
     labels = job.train.labels[used]
     places = [np.searchsorted(used, rows) for rows in job.rows]
     training, calibration, tuning = places
     if path.exists():
-        with np.load(path, allow_pickle=False) as kept:
-            train, validation = kept["train"], kept["validation"]
+        with np.load(path, allow_pickle=False) as stored:
+            train, validation = stored["train"], stored["validation"]
     else:
         train, validation = _encode(job, used)
         with atomic_write(path) as aside:
@@ -52,34 +64,34 @@ def compute_features(job: PreparedRun, path: Path) -> Features:
 
 
 def _encode(job: PreparedRun, used: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Returns features of training rows float32 [E, U, H], and of validation rows [E, V, H]."""
-    # Seeds differ in heads alone.
+    """Returns the features of the rows `used` [E, U, H] and of validation rows [E, V, H]."""
+    # The seeds differ only in their heads.
     config = dataclasses.replace(
         job.config, seeds=job.config.seeds[:1], learning_rates=job.config.learning_rates[:1]
     )
     model = ModelSpec("frozen", config.exits)
     graphdef, state = initial_state(config, job.checkpoint, model, len(job.dataset.classes))
     params = state.params
-    del state  # with the moments of an optimizer, which nothing needs here
+    del state  # frees the optimizer's moments
     mesh = make_mesh(1, config.batch_size)
     params = reshard(params, jax.tree.map(lambda _: replica_sharding(mesh, 1), params))
     program = compile_evaluation(config, graphdef, mesh, features=True)
 
     def features(tokens: Tokens, rows: np.ndarray) -> np.ndarray:
-        found = evaluate(config, program, params, tokens, rows[None], features=True)
-        return np.asarray(found.features)[0]
+        outputs = evaluate(config, program, params, tokens, rows[None], features=True)
+        return np.asarray(outputs.features)[0]
 
     return features(job.train, used), features(job.validation, np.arange(len(job.validation)))
 
 
 def select_exits(features: Features, exits: Sequence[int], chosen: Sequence[int]) -> Features:
-    """Returns the features of some of the exits, both by their layers."""
+    """Returns the features of the exits `chosen`, of the exits `exits`; both are layers."""
     at = [list(exits).index(layer) for layer in chosen]
     return features._replace(train=features.train[at], validation=features.validation[at])
 
 
 def fit_probes(features: Features, classes: int) -> LinearClassifiers:
-    """Fits logistic regressions at every exit for every seed."""
+    """Fits a logistic regression at every exit for every seed: [S, E]."""
     return fit_classifiers(
         features.train[None],
         features.labels[None],
@@ -90,23 +102,23 @@ def fit_probes(features: Features, classes: int) -> LinearClassifiers:
 
 
 def probe_of(features: Features, classifiers: LinearClassifiers) -> Probe:
-    """Returns the probe with its predictions of the validation rows."""
+    """Returns the probe with its predictions on the validation rows."""
     return Probe(classifiers, classifiers.predictions(features.validation[None]))
 
 
 def probe_outputs(
     job: PreparedRun, features: Features, classifiers: LinearClassifiers
 ) -> tuple[ExitOutputs, ExitOutputs]:
-    """Returns the outputs of the probes on calibration and validation rows, a replica a seed."""
+    """Returns the probes' outputs on calibration and validation rows, with one replica per seed."""
 
     def logits(rows: np.ndarray, s: int) -> np.ndarray:  # [E, ..., C]
         return rows @ classifiers.kernel[s] + classifiers.bias[s][:, None]
 
     seeds = range(len(features.training))
-    held = np.stack([logits(features.train[:, features.calibration[s]], s) for s in seeds])
-    shown = np.stack([logits(features.validation, s) for s in seeds])  # [S, E, V, C]
+    calibration = np.stack([logits(features.train[:, features.calibration[s]], s) for s in seeds])
+    validation = np.stack([logits(features.validation, s) for s in seeds])  # [S, E, V, C]
     labels = features.labels[features.calibration]  # [S, K]
     return (
-        exit_outputs(job, "calibration", [ModelOutput(held)], labels),
-        exit_outputs(job, "validation", [ModelOutput(shown)], job.validation.labels),
+        exit_outputs(job, "calibration", [ModelOutput(calibration)], labels),
+        exit_outputs(job, "validation", [ModelOutput(validation)], job.validation.labels),
     )

@@ -1,21 +1,24 @@
-r"""The whole grid of the SWEET paper: every task and method of a model, without a table.
+r"""Runs the whole grid of the SWEET paper, every task with every method, and makes no table.
 
   python -m experiments.grid --model=minilm-l6 --tasks=sst2,cola --data_dir=DIR
   python -m experiments.grid --list
 
-A cell is one model, task and method with all its learning rates and seeds, which are replicas of
-one compiled program (Multi-Model: one for each depth). What the cells measured goes into
-OUTPUT/scores.csv, their full outputs stay in --workdir. A second start runs what is missing, a cell
-stopped in the middle resumes from its checkpoint, and one that failed does not stop the others
-(--retry runs it again). Tables and figures are of all tasks that OUTPUT has cells of, whichever
-were asked for last.
+A cell is one task and one method of a model, with all learning rates and seeds; these are the
+replicas of one compiled program (for Multi-Model, one program for each depth). The metrics of the
+cells are written to OUTPUT/scores.csv, and their full outputs to --workdir. When the command is run
+again, it runs the missing cells, and a cell that was interrupted resumes from its checkpoint. A
+cell that fails does not stop the others; --retry runs it again. The tables and figures of the other
+scripts show every task that OUTPUT has cells of, not only those of the last command.
 
-The cells run one after the other in this process; with --engine=ray (pip install -e ".[cluster]")
-side by side on the nodes of a Ray cluster, or on this machine's cores where none is given:
+By default, the cells run one after the other in this process. With --engine=ray (pip install -e
+".[cluster]"), they run in parallel on the nodes of a Ray cluster or, without --address, on the
+cores of this machine:
 
   python -m experiments.grid --model=bert-base --engine=ray --address=auto
 
-All nodes must see this folder, --workdir, --data_dir and the checkpoint under the same paths.
+All nodes must find this folder, --workdir, --data_dir and the checkpoint at the same paths.
+
+Cost: hours on 2 cores for minilm-l6; the paper's models need a GPU or TPU.
 """
 
 import functools

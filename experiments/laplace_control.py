@@ -1,22 +1,23 @@
-r"""Which confidence is an accuracy? PCEE beside temperature, Laplace and an oracle, on ten tasks.
+"""Tests which confidence is an accuracy: PCEE, temperature scaling, Laplace or an oracle.
 
   python -m experiments.laplace_control --checkpoint=MPNET --data_dir=GLUE --text_dir=TEXT
   python -m experiments.laplace_control --render_only
 
-What PCEE (Mofakhami et al. 2024) is compared with, on the same rows: the target is the threshold of
-a confidence as it is, after temperature, or of a last-layer Laplace approximation; or a threshold
-is chosen on held-out rows to reach it; or, the oracle, on the reported rows themselves. Otherwise
-as experiments.pcee_control: of each seed the rows that were not trained on (calibration and
-validation, 1,100 at most) are split anew --splits times, half fits what a rule needs, half is
-reported; five targets between the first exit's accuracy and the last one's.
+It compares PCEE (Mofakhami et al. 2024) with other exit rules on the same rows of ten tasks. The
+target is used as a threshold of the raw confidence, of the confidence after temperature scaling, or
+of that from a last-layer Laplace approximation; or a threshold is chosen on held-out rows to reach
+the target; or, for the oracle, on the reported rows themselves. As in experiments.pcee_control, the
+rows of each seed that were not trained on (calibration and validation rows, at most 1,100) are
+split --splits times: one half fits what a rule needs, and accuracy and cost are reported on the
+other. There are five targets between the first and the last exit's accuracy.
 
-Models: MiniLM (exits 1, 2, 4, 6) and MPNet-base (1, 4, 6, 12), frozen, logistic regressions on
-1,000 rows: the features of experiments.probes, in --workdir, computed where it lacks them. Runs
-whose last exit gains less than a point on the first are left out.
+The models are MiniLM (exits 1, 2, 4, 6) and MPNet-base (exits 1, 4, 6, 12), frozen, with logistic
+regressions on 1,000 rows: the features of experiments.probes, which are read from --workdir or
+computed. Runs whose last exit gains less than a point over the first are left out.
 
-Cost: with the features at hand about 20 minutes of one core. Writes OUTPUT/control.csv and
-README.md. Expected, if the claim carries over: PCEE's error below that of the other rules that read
-the target as a threshold.
+Cost: if the features exist, about 20 minutes of one core. It writes OUTPUT/control.csv and
+README.md. Expected, if PCEE's claim holds: its error is below that of the other rules that use the
+target as a threshold.
 
 Shape letters: T target, S seed, E exit, N rows, V held-out rows, H hidden, C classes.
 """
@@ -29,16 +30,15 @@ from pathlib import Path
 import numpy as np
 
 from experiments import probes
-from experiments.comparison import interval
+from experiments.comparison_tables import format_interval
 from experiments.frozen_features import Features
 from experiments.laplace import laplace_confidences
-from experiments.options import record_parser
-from experiments.pcee_measurements import LEAST_GAIN, RULES, TARGETS, control, join_outputs
+from experiments.options import check_data_folders, make_record_parser
+from experiments.pcee_measurements import RULES, control, join_outputs, reachable_targets
 from experiments.records import read_table, write_table
 from experiments.rendering import table_lines
-from experiments.runner import exit_status
+from experiments.runner import run_resumable
 from sweet_jax.compilation_cache import enable_compilation_cache
-from sweet_jax.errors import UserError
 from sweet_jax.files import write_text
 from sweet_jax.training.probe import LinearClassifiers
 
@@ -49,29 +49,28 @@ COLUMNS = ("model", "task", "seed", "rule", "splits", "asked", "achieved", "erro
 
 
 def measure(model: str, task: str, options: argparse.Namespace) -> list[dict]:
-    """Returns rows of control.csv: of every seed, rule and target the means over splits."""
+    """Returns the rows of control.csv for a task: means over splits by seed, rule and target."""
     fitted = probes.fit_exits(model, task, EXITS[model], options)
-    found = []
+    measured = []
     for number, seed in enumerate(probes.SEEDS):
         rows = join_outputs(fitted.calibration.replica(number), fitted.validation.replica(number))
-        right = (rows.predictions == rows.labels[:, None])[0].mean(axis=-1)  # [E]
-        if right[-1] - right[0] < LEAST_GAIN:
+        targets = reachable_targets(rows)
+        if targets is None:
             print(f"left out: {model} {task} seed {seed}", flush=True)
             continue
-        targets = right[0] + TARGETS * (right[-1] - right[0])
         confidences = _laplace(fitted.features, fitted.classifiers, number)
         points = control(rows, targets, options.splits, seed, [confidences], oracle=True)
         for title, of_rule in zip(TITLES, points, strict=True):
             for target, at in zip(targets, of_rule, strict=True):  # [splits, 2]
                 achieved, cost = at.mean(axis=0)
                 error = np.abs(at[:, 0] - target).mean()
-                given = (model, task, seed, title, options.splits, target, achieved, error, cost)
-                found.append(dict(zip(COLUMNS, given, strict=True)))
-    return found
+                values = (model, task, seed, title, options.splits, target, achieved, error, cost)
+                measured.append(dict(zip(COLUMNS, values, strict=True)))
+    return measured
 
 
 def _laplace(features: Features, classifiers: LinearClassifiers, s: int) -> np.ndarray:
-    """Returns the confidences of the rows that are not trained on, float64 [E, V]."""
+    """Returns the confidences on a seed's calibration and validation rows, float64 [E, V]."""
     training, held = features.training[s], features.calibration[s]
     return np.stack(
         [
@@ -88,7 +87,7 @@ def _laplace(features: Features, classifiers: LinearClassifiers, s: int) -> np.n
 
 
 def render(output: Path) -> None:
-    """Writes README.md of what is done."""
+    """Writes README.md from control.csv."""
     rows = read_table(output / "control.csv")
     if not rows:
         return
@@ -97,15 +96,19 @@ def render(output: Path) -> None:
         tasks = list(dict.fromkeys(r["task"] for r in rows if r["model"] == model))
         if not tasks:
             continue
-        errors = {title: _by_task(rows, model, title, tasks) for title in TITLES}
         table = []
-        for title, of_tasks in errors.items():
-            values = np.asarray([v.mean(axis=0) for v in of_tasks.values()])  # [tasks, 3]
+        for title in TITLES:
+            by_task = _by_task(rows, model, title, tasks)
+            values = np.asarray([v.mean(axis=0) for v in by_task.values()])  # [tasks, 3]
             error, signed, cost = values.T
-            cells = [f"{v[:, 0].mean():.1f}, {v[:, 1].mean():+z.1f}" for v in of_tasks.values()]
-            means = [interval(error), interval(signed, sign=True), f"{cost.mean():.3f}"]
+            cells = [f"{v[:, 0].mean():.1f}, {v[:, 1].mean():+z.1f}" for v in by_task.values()]
+            means = [
+                format_interval(error),
+                format_interval(signed, sign=True),
+                f"{cost.mean():.3f}",
+            ]
             table.append([title, *means, *cells])
-        heading = ["rule", "error", "achieved - asked", "cost", *tasks]
+        heading = ["rule", "error", "achieved - target", "cost", *tasks]
         lines += [f"## {model}", "", *table_lines(heading, table), ""]
     write_text(output / "README.md", "\n".join(lines))
 
@@ -113,41 +116,46 @@ def render(output: Path) -> None:
 def _by_task(
     rows: Sequence[dict[str, str]], model: str, title: str, tasks: Sequence[str]
 ) -> dict[str, np.ndarray]:
-    """Returns (error, achieved - asked, cost), means over targets, of the seeds, [S, 3]."""
-    found = {}
+    """Returns (error, achieved - target, cost), means over targets [S, 3], of a rule by task."""
+    by_task = {}
     for task in tasks:
         own = [r for r in rows if (r["model"], r["task"], r["rule"]) == (model, task, title)]
         by_seed: dict[str, list[tuple[float, float, float]]] = {}
         for r in own:
-            asked, achieved, error, cost = (float(r[key]) for key in COLUMNS[5:])
-            point = (100 * error, 100 * (achieved - asked), cost)
+            target, achieved, error, cost = (float(r[key]) for key in COLUMNS[5:])
+            point = (100 * error, 100 * (achieved - target), cost)
             by_seed.setdefault(r["seed"], []).append(point)
-        found[task] = np.asarray([np.mean(points, axis=0) for points in by_seed.values()])
-    return found
+        by_task[task] = np.asarray([np.mean(points, axis=0) for points in by_seed.values()])
+    return by_task
 
 
-_ABOUT = """Made by `python -m experiments.laplace_control` (its docstring says more): frozen
-encoders, logistic regressions on 1,000 rows. Points of accuracy. Error: achieved against asked,
-absolute, mean over splits, five targets, seeds and tasks, with the 95% interval over tasks. Half of
-the rows are reported on: a rule that hit its target in all rows exactly would still err by about a
-standard error of that half. Then the same signed, and the cost as a share of the layers; at each
-task error and signed error. Tasks and seeds whose last exit gains less than a point on the first
-are left out."""
+_ABOUT = """Made by `python -m experiments.laplace_control`, whose docstring has the details: frozen
+encoders with logistic regressions on 1,000 rows. Errors are in points of accuracy. The error is the
+absolute difference between achieved accuracy and target, mean over splits, five targets, seeds and
+tasks, with the 95% interval over tasks. Since half of the rows are reported on, a rule that is
+exactly right on all rows would still have an error of about a standard error of that half. The next
+columns have the signed error, and the cost as a share of the layers; the columns of the tasks have
+the error and the signed error. Tasks and seeds whose last exit gains less than a point over the
+first are left out."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measures what is missing, and renders; returns the exit status, see runner.exit_status."""
-    return exit_status(lambda: _run(argv))
+    """Measures the missing tasks and writes the tables; returns the exit status."""
+    return run_resumable(lambda: _run(argv))
 
 
 def _run(argv: Sequence[str] | None) -> bool:
-    parser = record_parser("laplace_control", __doc__)
-    parser.add_argument("--checkpoint", help="MPNet-base; without it, MiniLM alone")
-    parser.add_argument("--splits", type=int, default=50, help="of the held-out rows (50)")
+    parser = make_record_parser("laplace_control", __doc__)
+    parser.add_argument("--checkpoint", help="checkpoint of MPNet-base; default: only MiniLM")
+    parser.add_argument(
+        "--splits",
+        type=int,
+        default=50,
+        help="number of splits of the held-out rows; default: %(default)s",
+    )
     options = parser.parse_args(argv)
     if not options.render_only:
-        if options.data_dir is None or options.text_dir is None:
-            raise UserError("give --data_dir and --text_dir, or --render_only")
+        check_data_folders(options)
         enable_compilation_cache(least_seconds=1.0)
         path, models = options.output / "control.csv", list(EXITS)
         rows = list(read_table(path))

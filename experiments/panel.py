@@ -1,44 +1,52 @@
-r"""The panel: methods, read-outs, starts and refits on ten tasks with 100 to 6,000 rows.
+"""Compares methods, read-outs, initializations and refits on ten tasks with 100 to 6,000 rows.
 
   python -m experiments.panel --data_dir=GLUE --text_dir=TEXT --workdir=runs/panel
   python -m experiments.panel --list
   python -m experiments.panel --render_only
 
 Cells: SST-2, CoLA, MRPC, RTE, QQP, QNLI, MNLI, AG News, Banking77 and BBC news with 100, 500, 2,000
-and 6,000 rows, where there are so many (Banking77 from 1,000 on, so that every class has rows; BBC
-news has 1,780). Five seeds with 500 to 2,000 rows, three with 100 and 6,000; every seed draws its
-own rows, which all variants share: a tenth of a cell's rows is for calibration, a tenth of the rest
-for tuning. Scores (accuracy; CoLA: Matthews correlation) are of 1,000 validation rows at most, the
-same for all variants and seeds. MiniLM (all-MiniLM-L6-v2 of sentence-transformers, trained on a
-billion pairs, MNLI, SNLI and QQP among them), exits 1, 2, 4, 6, at most 64 tokens (MRPC, RTE
-and QNLI 96), batches of similar lengths.
+and 6,000 rows, as far as they have so many. (Banking77 starts at 1,000, so that every class has
+rows; BBC news has 1,780.) There are five seeds with 500 to 2,000 rows and three with 100 and 6,000.
+Every seed draws its own rows, which all variants share: a tenth of a cell's rows is for
+calibration, a tenth of the rest for tuning. Scores (accuracy; for CoLA, Matthews correlation) are
+on at most 1,000 validation rows, the same for all variants and seeds. The encoder is MiniLM
+(sentence-transformers' all-MiniLM-L6-v2, trained on a billion pairs, among them MNLI, SNLI and
+QQP), with exits 1, 2, 4, 6, at most 64 tokens (MRPC, RTE and QNLI: 96) and batches of similar
+lengths.
 
-Variants: {Early-Exit, SWEET, Multi-Model} x {first token and pooler, mean} x {random heads, probe},
-and with a probe of what "auto" reads, which compares the texts of a pair (pooling), two epochs;
-`recipe` is configs/own.py, `recipe-mean` the same with the mean of a pair's tokens, `recipe-decay`
-with layer_decay=0.8, `recipe-scaling` with layer_scaling=0.5 (its heads as trained are the
-recipe's); `plain` is the full model fine-tuned alone, with the recipe's steps; `frozen`
-is the probe of the frozen encoder as a model with exits; CHANGES of panel_variants.py are
-Early-Exit and SWEET with mean and probe, in which one thing differs. Each has its heads as trained,
-and refitted on the same trunk. `baselines`: the frozen probe at every exit, which compares the
-texts of a pair too (mean_probe_1 to _6 do not), and TF-IDF. Where a row is one text, "auto" is the
-mean, and one run stands for both. Learning rates are chosen of 5e-5, 1e-4, 3e-4 by short runs (40
-steps, or a tenth) of the first seed on its tuning rows: the first rate, 1e-4, or 3e-4 of the plain
-model and the methods as they are, unless another is better by more than a standard error. `recipe`
-and `plain` search in every cell, the others with 2,000 and 6,000 rows; below, the tuning rows (90
-at most) cannot tell rates apart, and they keep the first.
+Variants, each with its heads as trained and refitted on the same trunk:
 
-Area is the mean score between the cost of exit 1, a sixth of the full model's, and the full
-model's, under the exact curve: one range for all variants. docs/reproduction.md has the criterion
-of the default, written before the panel ran; the tables have their statistics.
+- {Early-Exit, SWEET, Multi-Model} x {first token and pooler, mean} x {random heads, probe}, and
+  with a probe and the pooling "auto", which compares the texts of a pair, for two epochs;
+- `recipe` is configs/own.py; `recipe-mean` has the mean of a pair's tokens, `recipe-decay`
+  layer_decay=0.8, and `recipe-scaling` layer_scaling=0.5 (its heads as trained are the recipe's);
+- `plain` is the full model fine-tuned alone, for the recipe's steps;
+- `frozen` is the probe of the frozen encoder as a model with exits;
+- CHANGES of panel_variants.py are Early-Exit and SWEET with mean and probe and one change;
+- `baselines` are TF-IDF and the frozen probe at every exit, which also compares the texts of a pair
+  (except mean_probe_1 to _6).
 
-A second start runs what is missing, in stages of which each has all tasks. What was stopped or
-killed resumes from its checkpoints; what failed is left until --retry. Several processes, on hosts
-that share --workdir and --output, share the work: each locks the cell that it is in. Cost: --list
-has the estimate, which learns from what is done. Before any variant was timed it was 46 hours of
-one core for the core (--core: baselines, recipe, plain, and the methods as they are and with mean
-and probe, on all tasks with 500 to 2,000 rows) and 143 for all, with a process a core; the variants
-of "auto", layer_decay and layer_scaling came later, and are not in these numbers:
+If a row is one text, "auto" is the mean, and one run stands for both.
+
+Learning rates are chosen from 5e-5, 1e-4 and 3e-4 by short runs (40 steps, or a tenth) of the first
+seed, on its tuning rows: 1e-4 (3e-4 for the plain model and the methods as published), unless
+another rate is better by more than a standard error. `recipe` and `plain` search in every cell, the
+others with 2,000 and 6,000 rows. With fewer, the tuning rows (90 at most) cannot distinguish rates,
+and the others use the first rate.
+
+Area is the mean score under the exact curve between a sixth of the full model's cost, which is the
+cost of exit 1, and the full model's cost: one range for all variants. docs/reproduction.md has the
+criterion for the default, written before the panel ran, and the statistics.
+
+When the command is run again, it runs the missing variants, in stages that each contain all tasks.
+An interrupted variant resumes from its checkpoints; a failed one is only run again with --retry.
+Several processes, on hosts that share --workdir and --output, share the work: each locks the cell
+that it works on.
+
+Cost: see --list, whose estimate uses the times of finished variants. Before any had been timed, it
+was 143 hours of one core, 46 of them for --core (baselines, recipe, plain, and the methods as
+published and with mean and probe, on all tasks with 500 to 2,000 rows), without the variants with
+"auto", layer_decay and layer_scaling, which were added later. Run one process for each core:
 
   XLA_FLAGS=--xla_cpu_multi_thread_eigen=false taskset -c 0 python -m experiments.panel ...
 """
@@ -58,7 +66,7 @@ import jax
 import numpy as np
 
 from experiments.cells import identity
-from experiments.options import record_parser
+from experiments.options import check_data_folders, make_record_parser
 from experiments.panel_records import (
     Record,
     read_record,
@@ -76,10 +84,10 @@ from experiments.panel_variants import (
     VALIDATION_ROWS,
     VARIANTS,
     config_of,
+    estimate_work,
     units,
-    work,
 )
-from experiments.runner import exit_status
+from experiments.runner import run_resumable
 from experiments.variant_runs import (
     row_counts,
     train_variant,
@@ -98,13 +106,16 @@ from sweet_jax.preparation import PreparedRun, prepare
 from sweet_jax.report.baselines import Baseline
 
 Unit = tuple[str, str]  # cell, variant
-_WAIT = 20.0  # seconds until cells that other processes are in are looked at again
-_SECONDS = 7e-5  # of one core, for a layer of a token: before any record says
-_OVERHEAD = 20.0  # seconds of one core to read a checkpoint, compile and so on
+_WAIT = 20.0  # seconds before cells that other processes have locked are tried again
+_SECONDS = 7e-5  # of one core for a token in a layer, until records have measured it
+_OVERHEAD = 20.0  # seconds of one core to read the checkpoint, compile and so on
 
 
 def run_variant(name: str, variant: str, options: argparse.Namespace) -> Record:
-    """Trains and scores a variant of a cell."""
+    """Trains and scores a variant of a cell; returns its record.
+
+    Unless it is the baselines, also writes its outputs to WORKDIR/outputs/CELL.
+    """
     began = time.process_time()
     config = config_of(name, variant, options)
     job = with_fewer_validation_rows(prepare(config), VALIDATION_ROWS)
@@ -112,20 +123,22 @@ def run_variant(name: str, variant: str, options: argparse.Namespace) -> Record:
     metric, about = job.dataset.task.metric, dict[str, Any]()
     job, first = with_probe(job, shared)
     if variant == BASELINES:
-        found = run_baselines(first, config.learning_rates, shared / variant)
+        baselines = run_baselines(first, config.learning_rates, shared / variant)
         if first.config.pooling == "pair":
-            found += _mean_probes(first, shared)
+            baselines += _mean_probes(first, shared)
         labels, classes = job.validation.labels, len(job.dataset.classes)
         scores = {}
-        for one in found:
-            given = np.stack([one.for_replica(s) for s in range(len(config.seeds))])  # [S, N]
-            scores[one.name] = score_predictions(metric, given, labels, classes)
+        for each in baselines:
+            predictions = np.stack(
+                [each.for_replica(s) for s in range(len(config.seeds))]
+            )  # [S, N]
+            scores[each.name] = score_predictions(metric, predictions, labels, classes)
     else:
         analyses, about = train_variant(job, shared / variant)
-        kept = options.workdir / "outputs" / name
+        folder = options.workdir / "outputs" / name
         for kind, analysis in analyses.items():
-            analysis.calibration.save(kept / f"{variant}-{kind}-calibration.npz")
-            analysis.validation.save(kept / f"{variant}-{kind}-validation.npz")
+            analysis.calibration.save(folder / f"{variant}-{kind}-calibration.npz")
+            analysis.validation.save(folder / f"{variant}-{kind}-validation.npz")
         scores = {kind: score_run(analysis) for kind, analysis in analyses.items()}
     about |= {"metric": metric, "cpu_seconds": round(time.process_time() - began)}
     values = {k: v for k, v in identity(job.config).items() if k != "data_files"}
@@ -133,20 +146,21 @@ def run_variant(name: str, variant: str, options: argparse.Namespace) -> Record:
 
 
 def _mean_probes(job: PreparedRun, folder: Path) -> list[Baseline]:
-    """Returns the frozen probe at every exit that does not compare the texts of a pair."""
+    """Returns the frozen probes of all exits with mean pooling, which compare no texts of pairs."""
     config = dataclasses.replace(job.config, pooling="mean")
     _, first = with_probe(dataclasses.replace(job, config=config, probe=None), folder)
     assert first.probe is not None, "with_probe fits one"
-    each = zip(config.exits, first.probe.predictions.swapaxes(0, 1), strict=True)
+    predictions = first.probe.predictions.swapaxes(0, 1)  # [E, S, N]
     return [
-        Baseline(f"mean_probe_{layer}", given, layer / config.exits[-1]) for layer, given in each
+        Baseline(f"mean_probe_{layer}", predicted, layer / config.exits[-1])
+        for layer, predicted in zip(config.exits, predictions, strict=True)
     ]
 
 
 def run_missing(wanted: Sequence[Unit], options: argparse.Namespace) -> bool:
-    """Runs what has no record yet, in order; returns whether none has failed.
+    """Runs the units without a record, in order; returns whether none failed.
 
-    A cell that another process is in is passed over, and looked at again later.
+    Skips the cells that other processes have locked, and tries them again later.
     """
     for unit in wanted if options.retry else ():
         _failure(options, unit).unlink(missing_ok=True)
@@ -155,47 +169,39 @@ def run_missing(wanted: Sequence[Unit], options: argparse.Namespace) -> bool:
         if not missing:
             return all(_state(options, u) == "done" for u in wanted)
         for name, variant in missing:
-            with _locked(options.workdir / name) as mine:
-                if mine and _state(options, (name, variant)) == "missing":
+            with _try_lock(options.workdir / name) as locked:
+                if locked and _state(options, (name, variant)) == "missing":
                     print(f"[{len(missing)} left] {name} {variant}", flush=True)
-                    _run_one(name, variant, options)
+                    _run_unit(name, variant, options)
                     break
         else:
             time.sleep(_WAIT)
 
 
-def _run_one(name: str, variant: str, options: argparse.Namespace) -> None:
-    """Runs a variant of a cell and writes its record, or why it failed."""
+def _run_unit(name: str, variant: str, options: argparse.Namespace) -> None:
+    """Runs a variant of a cell and writes its record, or the traceback of its failure."""
     try:
         record = run_variant(name, variant, options)
     except PreemptedError:
         raise
-    except Exception:  # one that fails must not stop the others
+    except Exception:  # a failure must not stop the other variants
         traceback.print_exc()
         write_text(_failure(options, (name, variant)), traceback.format_exc())
         return
     write_record(options.output, name, variant, record)
     shutil.rmtree(options.workdir / name / variant, ignore_errors=True)
-    jax.clear_caches()  # of hundreds of programs that no other unit uses
+    jax.clear_caches()  # no other unit uses its hundreds of programs
     for kind, scores in record.scores.items():
         exits = " ".join(f"{100 * v:.1f}" for v in scores.exits.mean(axis=0))
         print(f"  {kind}: {exits}, area {100 * scores.area.mean():.2f}", flush=True)
 
 
-def _check_folders(options: argparse.Namespace) -> None:
-    """Raises UserError where the data or the encoder are not there, which would fail every unit."""
-    for name in ("data_dir", "text_dir"):
-        if not getattr(options, name).is_dir():
-            raise UserError(f"--{name} {str(getattr(options, name))!r} is not a directory")
-    resolve_path(config_of("sst2-500", "recipe", options).checkpoint)
-
-
 @contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[bool]:
-    """Locks a cell for this process; yields False where another process is in it."""
-    with contextlib.ExitStack() as held:
+def _try_lock(folder: Path) -> Iterator[bool]:
+    """Locks a cell for this process; yields False if another process has locked it."""
+    with contextlib.ExitStack() as stack:
         try:
-            held.enter_context(lock_directory(folder, "--workdir"))
+            stack.enter_context(lock_directory(folder, "--workdir"))
         except UserError:
             yield False
             return
@@ -213,36 +219,42 @@ def _state(options: argparse.Namespace, unit: Unit) -> str:
 
 
 def print_states(wanted: Sequence[Unit], options: argparse.Namespace) -> None:
-    """Prints the state of every unit, and how many hours of one core are left by estimate."""
-    spent = trained = worked = 0.0
+    """Prints the state of every unit and the estimated hours of one core that are left."""
+    spent = training = work = 0.0  # seconds, those of training alone, and its estimated work
     for unit in units():
         if (record := read_record(options.output, *unit)) is not None:
-            spent += (own := record.about["cpu_seconds"])
-            trained += own - _OVERHEAD if unit[1] != BASELINES else 0
-            worked += work(*unit) if unit[1] != BASELINES else 0
-    scale = trained / worked if worked else _SECONDS
-    hours = {unit: (_OVERHEAD + work(*unit) * scale) / 3600 for unit in wanted}
+            seconds = record.about["cpu_seconds"]
+            spent += seconds
+            if unit[1] != BASELINES:
+                training += seconds - _OVERHEAD
+                work += estimate_work(*unit)
+    scale = training / work if work else _SECONDS
+    hours = {unit: (_OVERHEAD + estimate_work(*unit) * scale) / 3600 for unit in wanted}
     for unit in wanted:
         print(f"{_state(options, unit):>8}  {hours[unit]:5.2f} h  {' '.join(unit)}")
-    left = [u for u in wanted if _state(options, u) != "done"]
+    left = [unit for unit in wanted if _state(options, unit) != "done"]
     print(
-        f"{len(wanted) - len(left)} of {len(wanted)} done, {spent / 3600:.1f} hours of one core; "
-        f"{sum(hours[u] for u in left):.1f} hours left by estimate"
+        f"{len(wanted) - len(left)} of {len(wanted)} done in {spent / 3600:.1f} hours of one core; "
+        f"estimate for the rest: {sum(hours[unit] for unit in left):.1f} hours"
     )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs what is missing, and renders; returns the exit status, see runner.exit_status."""
-    return exit_status(lambda: _run(argv))
+    """Runs the missing variants and writes the tables; returns the exit status."""
+    return run_resumable(lambda: _run(argv))
 
 
 def _run(argv: Sequence[str] | None) -> bool:
-    parser = record_parser("panel", __doc__)
+    parser = make_record_parser("panel", __doc__)
     parser.add_argument("--cells", default="", help="comma-separated; default: all")
     parser.add_argument("--variants", default="", help="comma-separated; default: all")
-    parser.add_argument("--core", action="store_true", help="the first stages only")
-    parser.add_argument("--retry", action="store_true", help="run again what failed")
-    parser.add_argument("--list", action="store_true", help="print what is done, and the rest")
+    parser.add_argument("--core", action="store_true", help="run only the first stages")
+    parser.add_argument("--retry", action="store_true", help="run failed variants again")
+    parser.add_argument(
+        "--list",
+        action="store_true",
+        help="run nothing; print what is done, failed and missing, with the estimated time",
+    )
     options = parser.parse_args(argv)
     cells, variants = split_names(options.cells), split_names(options.variants)
     for name in cells:
@@ -257,15 +269,15 @@ def _run(argv: Sequence[str] | None) -> bool:
     if options.list:
         print_states(wanted, options)
         return True
-    sound = True
+    succeeded = True
     if not options.render_only:
-        if options.data_dir is None or options.text_dir is None:
-            raise UserError("give --data_dir and --text_dir, or --list or --render_only")
-        _check_folders(options)
+        check_data_folders(options, "--list or --render_only")
+        # A missing encoder would fail every unit.
+        resolve_path(config_of("sst2-500", "recipe", options).checkpoint)
         enable_compilation_cache(least_seconds=1.0)
-        sound = run_missing(wanted, options)
+        succeeded = run_missing(wanted, options)
     render(options.output)
-    return sound
+    return succeeded
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import numpy as np
 
 from experiments import paper
 from experiments.panel_records import Scores, read_record
-from experiments.panel_statistics import LEVEL, Comparison, Found, compare, holm, shared_cells
+from experiments.panel_statistics import LEVEL, Comparison, ScoresByCell, cells_with, compare, holm
 from experiments.panel_variants import (
     CELLS,
     CHANGES,
@@ -24,7 +24,7 @@ _PAIRS = (("sweet", "early_exit"), ("multi_model", "early_exit"), ("sweet", "mul
 _READOUTS = tuple(f"{readout} {kind}" for readout in READOUTS for kind in ("trained", "refit"))
 SHOWN_READOUTS = _READOUTS[:6]
 _P = "p after Holm"
-# By what tables say: the variant that compares the texts of a pair, and the one that does not.
+# By label: the variant that compares the texts of a pair, and the one that does not.
 _POOLINGS = {
     "recipe": ("recipe", "recipe-mean"),
     **{
@@ -34,87 +34,100 @@ _POOLINGS = {
 }
 
 
-def gaps_table(found: Found, readouts: Sequence[str] = _READOUTS) -> Table:
-    """Returns the mean differences of area between the methods, by rows and read-out."""
+def gaps_table(by_cell: ScoresByCell, readouts: Sequence[str] = _READOUTS) -> Table:
+    """Returns the mean differences of area between the methods, by number of rows and read-out."""
     pairs = {
-        (readout, f"{paper.NAMES[one]} - {paper.NAMES[other]}"): (
-            f"{one}-{readout}",
-            f"{other}-{readout}",
+        (readout, f"{paper.NAMES[first]} - {paper.NAMES[second]}"): (
+            f"{first}-{readout}",
+            f"{second}-{readout}",
         )
         for readout in readouts
-        for one, other in _PAIRS
+        for first, second in _PAIRS
     }
-    return _differences(found, pairs, "read-out")
+    return _differences(by_cell, pairs, "read-out")
 
 
-def changes_table(found: Found) -> Table:
-    """Returns what each change adds to the area of the variant that it changes, by rows."""
+def changes_table(by_cell: ScoresByCell) -> Table:
+    """Returns the mean differences of area between each changed variant and its base, by rows."""
     pairs = {
-        (name, f"heads {said}"): (f"{name} {kind}", f"{base} {kind}")
+        (name, f"heads {label}"): (f"{name} {kind}", f"{base} {kind}")
         for name, (base, _) in CHANGES.items()
-        for kind, said in (("trained", "as trained"), ("refit", "refitted"))
+        for kind, label in (("trained", "as trained"), ("refit", "refitted"))
     }
-    return _differences(found, pairs, "change")
+    return _differences(by_cell, pairs, "change")
 
 
-def training_table(found: Found) -> Table:
-    """Returns what training the encoder as the recipe does adds to the area, by rows.
+def training_table(by_cell: ScoresByCell) -> Table:
+    """Returns the mean gains of area from the recipe's training, by number of rows.
 
-    To that of the frozen probe as a model with exits, and to that of Early-Exit from the same start
-    in two epochs.
+    They are over the frozen probe as a model with exits, and over Early-Exit that is initialized
+    from the same probe and trained for two epochs.
     """
     others = {"frozen probe": "frozen", "Early-Exit, two epochs": "early_exit-auto-probe"}
     pairs = {
-        ("refitted", f"recipe - {said}"): ("recipe refit", f"{variant} refit")
-        for said, variant in others.items()
+        ("refitted", f"recipe - {label}"): ("recipe refit", f"{variant} refit")
+        for label, variant in others.items()
     }
-    return _differences(found, pairs, "heads", own_only=False)
+    return _differences(by_cell, pairs, "heads", distinct=False)
 
 
-def pooling_table(found: Found, variants: Sequence[str] = tuple(_POOLINGS)) -> Table:
-    """Returns what comparing the texts of a pair does to every exit, and to the area, by cell.
+def pooling_table(by_cell: ScoresByCell, variants: Sequence[str] = tuple(_POOLINGS)) -> Table:
+    """Returns exits and areas with and without comparing the texts of a pair, by cell.
 
-    variants: that are shown, of _POOLINGS, whose rows are all corrected for; the frozen probe
-    stands before them, without an area.
+    The first rows are the frozen probe's, which has no area.
+
+    variants: those of _POOLINGS to show; p-values are corrected over all of _POOLINGS.
     """
     frozen = [[f"{kind}_{layer}" for layer in (1, 2, 4, 6)] for kind in ("mean_probe", "probe")]
     rows = [
-        ["frozen probe", title(cell), *(_exits([scores[name] for name in each]) for each in frozen)]
-        for cell, scores in found.items()
+        [
+            "frozen probe",
+            title(cell),
+            *(exits_text([scores[name] for name in each]) for each in frozen),
+        ]
+        for cell, scores in by_cell.items()
         if set(frozen[0]) <= set(scores)
     ]
-    compared = [row for row in _by_cell(found, _POOLINGS) if row[0] in variants]
+    compared = [row for row in _by_cell(by_cell, _POOLINGS) if row[0] in variants]
     rows = [[*row, "", ""] for row in rows] + compared
     return ("variant", "cell", "exits, mean", "exits, pair", "area, pair - mean", _P), rows
 
 
-def decay_table(found: Found) -> Table:
-    """Returns what slower lower layers do to every exit of the recipe, and to its area, by cell."""
-    rows = _by_cell(found, {"recipe": ("recipe-decay", "recipe")})
+def decay_table(by_cell: ScoresByCell) -> Table:
+    """Returns the recipe's exits and area with and without layer_decay, by cell."""
+    rows = _by_cell(by_cell, {"recipe": ("recipe-decay", "recipe")})
     header = ("cell", "exits, layer_decay 1", "exits, layer_decay 0.8", "area, 0.8 - 1", _P)
     return header, [row[1:] for row in rows]
 
 
-def scaling_table(found: Found) -> Table:
-    """Returns what layer scaling does to every exit of the recipe, and to its area, by cell."""
-    rows = _by_cell(found, {"recipe": ("recipe-scaling", "recipe")})
+def scaling_table(by_cell: ScoresByCell) -> Table:
+    """Returns the recipe's exits and area with and without layer_scaling, by cell."""
+    rows = _by_cell(by_cell, {"recipe": ("recipe-scaling", "recipe")})
     header = ("cell", "exits, layer_scaling 1", "exits, layer_scaling 0.5", "area, 0.5 - 1", _P)
     return header, [row[1:] for row in rows]
 
 
-def _by_cell(found: Found, variants: Mapping[str, tuple[str, str]]) -> list[list[str]]:
-    """Returns a row for each pair of variants in each cell: exits of the second and the first, gap.
+def _by_cell(by_cell: ScoresByCell, variants: Mapping[str, tuple[str, str]]) -> list[list[str]]:
+    """Returns a row for each pair of variants, with refitted heads, and each cell that has both.
 
-    Heads refitted; corrected for all rows.
+    A row has the label, the cell, the exits of the second and of the first variant, the difference
+    of the first's area from the second's, and its p-value, corrected over all rows.
+
+    variants: pairs of variants by label.
     """
     compared = []
-    for text, pair in variants.items():
-        one, other = (f"{name} refit" for name in pair)
-        for cell in shared_cells(found, (one, other)):
-            if _is_own(cell, one, other):
-                scores = found[cell]
-                texts = [text, title(cell), _exits([scores[other]]), _exits([scores[one]])]
-                compared.append((texts, compare(scores[one], scores[other])))
+    for label, pair in variants.items():
+        first, second = (f"{name} refit" for name in pair)
+        for cell in cells_with(by_cell, (first, second)):
+            if _are_distinct_runs(cell, first, second):
+                scores = by_cell[cell]
+                texts = [
+                    label,
+                    title(cell),
+                    exits_text([scores[second]]),
+                    exits_text([scores[first]]),
+                ]
+                compared.append((texts, compare(scores[first], scores[second])))
     adjusted = holm([gap.p for _, gap in compared])
     return [
         [*texts, interval_text(gap, p), f"{p:.2g}"]
@@ -123,24 +136,27 @@ def _by_cell(found: Found, variants: Mapping[str, tuple[str, str]]) -> list[list
 
 
 def title(cell: str) -> str:
-    """Returns a cell's name for readers."""
+    """Returns the title of a cell in tables."""
     return f"{TASKS[CELLS[cell].task].title}, {CELLS[cell].rows:,}"
 
 
 def interval_text(gap: Comparison, p: float) -> str:
-    """Returns a difference with its interval, in points; bold where it is significant."""
+    """Formats a difference with its interval in points, bold if it is significant.
+
+    p: corrected p-value.
+    """
     text = f"{100 * gap.value:+z.1f} [{100 * gap.low:+z.1f}, {100 * gap.high:+z.1f}]"
     return f"**{text}**" if p < LEVEL else text
 
 
-def _exits(scores: Sequence[Scores]) -> str:
-    """Returns the mean over seeds of every exit's score, of one variant or of a baseline each."""
+def exits_text(scores: Sequence[Scores]) -> str:
+    """Formats the scores of the exits of a variant, or of one baseline per exit, as means."""
     means = np.concatenate([np.atleast_1d(each.exits.mean(axis=0)).ravel() for each in scores])
     return " / ".join(f"{100 * mean:.1f}" for mean in means)
 
 
 def setfit_table(output: Path) -> Table:
-    """Returns SetFit's scores beside those of every exit of the recipe, on the same rows."""
+    """Returns SetFit's scores, and how far every exit of the recipe is above, on the same rows."""
     records = {c: r for c in CELLS if (r := read_record(output, c, SETFIT)) is not None}
     pairs = [
         (cell, name, compare(scores, record.scores[SETFIT]))
@@ -162,41 +178,46 @@ def setfit_table(output: Path) -> Table:
     return header, rows
 
 
-def _is_own(cell: str, *names: str) -> bool:
-    """Returns whether in a cell none of some variants is the run of another one."""
+def _are_distinct_runs(cell: str, *names: str) -> bool:
+    """Returns whether none of some variants is the run of another one in a cell."""
     variants = [name.rsplit(" ", 1)[0] for name in names]
     return all(stored_as(cell, variant) == variant for variant in variants)
 
 
 def _differences(
-    found: Found,
+    by_cell: ScoresByCell,
     pairs: Mapping[tuple[str, str], tuple[str, str]],
-    what: str,
+    header: str,
     *,
-    own_only: bool = True,
+    distinct: bool = True,
 ) -> Table:
-    """Returns the mean differences of area of pairs of variants, by rows.
+    """Returns the mean differences of area between pairs of variants, by number of rows.
 
-    With the number of cells that are significantly above and below; corrected for all comparisons
-    of the table. pairs: by the texts of their row and column. own_only: leave out cells where one
-    of a pair is the run of another variant.
+    Each comes with the numbers of cells where the first variant is significantly above and below;
+    p-values are corrected over the table.
+
+    Args:
+      by_cell: scores of all cells.
+      pairs: pairs of variants by the labels of their row and column.
+      header: header of the row labels.
+      distinct: leave out the cells where one of a pair is the run of another variant.
+
     """
     compared: dict[tuple[str, str, str], list[Comparison]] = {}
     for sizes in dict.fromkeys(ROW_GROUPS.values()):
-        cells = {c: s for c, s in found.items() if ROW_GROUPS[CELLS[c].rows] == sizes}
-        for texts, (one, other) in pairs.items():
-            shared = shared_cells(cells, (one, other))
-            own = [c for c in shared if not own_only or _is_own(c, one, other)]
-            both = [cells[c] for c in own]
-            compared[sizes, *texts] = [compare(scores[one], scores[other]) for scores in both]
+        cells = {c: s for c, s in by_cell.items() if ROW_GROUPS[CELLS[c].rows] == sizes}
+        for texts, (first, second) in pairs.items():
+            shared = cells_with(cells, (first, second))
+            shared = [c for c in shared if not distinct or _are_distinct_runs(c, first, second)]
+            compared[sizes, *texts] = [compare(cells[c][first], cells[c][second]) for c in shared]
     adjusted = iter(holm([gap.p for gaps in compared.values() for gap in gaps]))
     shown: dict[tuple[str, str], list[str]] = {}
     for (sizes, row, _), gaps in compared.items():
-        sure = [np.sign(gap.value) * (next(adjusted) < LEVEL) for gap in gaps]
+        signs = [np.sign(gap.value) * (next(adjusted) < LEVEL) for gap in gaps]  # 0: insignificant
         text = ""
         if gaps:
             mean = 100 * np.mean([gap.value for gap in gaps])
-            text = f"{mean:+z.1f}; {sure.count(1)} above, {sure.count(-1)} below of {len(gaps)}"
+            text = f"{mean:+z.1f}; {signs.count(1)} above, {signs.count(-1)} below of {len(gaps)}"
         shown.setdefault((sizes, row), []).append(text)
-    header = ("rows", what, *dict.fromkeys(column for _, column in pairs))
-    return header, [[*key, *row] for key, row in shown.items() if any(row)]
+    columns = ("rows", header, *dict.fromkeys(column for _, column in pairs))
+    return columns, [[*key, *row] for key, row in shown.items() if any(row)]

@@ -1,10 +1,10 @@
-"""Records of experiments.panel: what each variant of each cell scored, and bootstrap draws of it.
+"""Records of experiments.panel: the scores of each variant of each cell, with bootstrap draws.
 
-A record is a small JSON file, all that the tables need. Areas on drawn rows are kept as their
-differences from the area, float16 in base64: 4 kB for five seeds.
+A record is a small JSON file with everything that the tables need. Areas on drawn rows are stored
+as differences from the area, as float16 in base64: 4 kB for five seeds.
 
 Shape letters: S seed, E exit, N validation rows, D bootstrap draws, M moves of a row from one exit
-to the one before, G groups of moves at one threshold, K statistics of a row, T thresholds.
+to the previous one, G groups of moves at one threshold, K statistics of a row, T thresholds.
 """
 
 import base64
@@ -31,10 +31,11 @@ class Scores:
     """Holds the scores of one variant on the validation rows, as fractions.
 
     Attributes:
-      exits: float64 [S, E], the task's metric of every exit alone.
-      area: float64 [S], mean metric from exit 1's cost to the full model's, exact curve.
-      drawn_area: float64 [D, S], the same on rows drawn with replacement; the same draws for all
-        variants of a cell, so that differences are paired. None of baselines, and of one exit.
+      exits: the task's metric at every exit alone, float64 [S, E].
+      area: mean metric under the exact curve, from exit 1's cost to the full model's, float64 [S].
+      drawn_area: the same on rows drawn with replacement, float64 [D, S]. The draws are the same
+        for all variants of a cell, so that differences are paired. None for baselines and for
+        models with one exit.
 
     """
 
@@ -48,10 +49,10 @@ class Record:
     """Holds the stored result of a variant of a cell.
 
     Attributes:
-      config: of the run, as JSON has it, without paths.
-      n: rows of each kind, and classes.
-      scores: by kind: "trained", "refit", or the name of a baseline.
-      about: the metric, the search for a rate, the best steps, CPU seconds.
+      config: config of the run as JSON values, without paths.
+      n: numbers of rows by kind, and of classes.
+      scores: scores by kind: "trained", "refit", or the name of a baseline.
+      about: the metric, the learning-rate search, the best steps and the CPU seconds.
 
     """
 
@@ -62,14 +63,17 @@ class Record:
 
 
 def draw_counts(rows: int) -> np.ndarray:
-    """Returns how often every draw has each row, int [D, N]: the same for the same number."""
+    """Returns how often each row is in each bootstrap draw, int [D, N].
+
+    The draws depend only on the number of rows.
+    """
     rng = np.random.default_rng(0)
     drawn = rng.integers(0, rows, (DRAWS, rows))
     return np.stack([np.bincount(each, minlength=rows) for each in drawn])
 
 
 def score_run(analysis: Analysis) -> Scores:
-    """Scores a run by the exact curve of its own policy."""
+    """Returns the scores of a run, with the area under the exact curve of its own policy."""
     outputs, curve = analysis.validation, analysis.curve
     classes = outputs.logits.shape[-1]
     exits = [
@@ -80,28 +84,30 @@ def score_run(analysis: Analysis) -> Scores:
     area = np.asarray([mean_to_full(cost, score) for cost, score in pairs])
     if len(outputs.layers) == 1:
         return Scores(np.asarray(exits), area)
-    return Scores(np.asarray(exits), area, draw_areas(analysis, range(len(area))))
+    return Scores(np.asarray(exits), area, bootstrap_areas(analysis, range(len(area))))
 
 
-def draw_areas(analysis: Analysis, replicas: Iterable[int]) -> np.ndarray:
-    """Returns the areas of some replicas on drawn rows, float64 [D, S]."""
+def bootstrap_areas(analysis: Analysis, replicas: Iterable[int]) -> np.ndarray:
+    """Returns the areas of some replicas on the drawn rows of each draw, float64 [D, S]."""
     outputs = analysis.validation
     confidences = exit_confidences(outputs, analysis.policy, analysis.calibrators)  # [R, E, N]
     counts = draw_counts(outputs.labels.shape[1])
-    drawn = [drawn_areas(outputs.replica(r), confidences[r], counts) for r in replicas]
+    drawn = [bootstrap_replica_areas(outputs.replica(r), confidences[r], counts) for r in replicas]
     return np.stack(drawn, axis=1)
 
 
-def drawn_areas(outputs: ExitOutputs, confidences: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """Returns the area on drawn rows, float64 [D]: of the exact curve, computed anew for each draw.
+def bootstrap_replica_areas(
+    outputs: ExitOutputs, confidences: np.ndarray, counts: np.ndarray
+) -> np.ndarray:
+    """Returns the area under the exact curve of the drawn rows of each draw, float64 [D].
 
-    As `sweet_jax.exits.simulation` computes it, with every row weighted by how often it is drawn,
-    so that breakpoints are sorted once.
+    The algorithm is that of `sweet_jax.exits.simulation` with rows weighted by how often they are
+    drawn, so that breakpoints are sorted only once.
 
     Args:
-      outputs: of one replica.
-      confidences: float64 [E, N].
-      counts: int [D, N].
+      outputs: outputs of one replica.
+      confidences: exit confidences, float64 [E, N].
+      counts: how often each row is in each draw, int [D, N].
 
     """
     metric = outputs.objective.metric(outputs.metric)
@@ -113,8 +119,8 @@ def drawn_areas(outputs: ExitOutputs, confidences: np.ndarray, counts: np.ndarra
     changes = np.append(level[1:] != level[:-1], True)[: len(level)]
     ends = np.concatenate([[0], np.flatnonzero(changes) + 1])  # [1 + G]
     classes = outputs.logits.shape[-1]
-    given = metric.row_statistics(outputs.predictions[0], outputs.labels[0], classes)
-    statistics = np.asarray(given, np.float64)  # [E, N, K]
+    statistics = metric.row_statistics(outputs.predictions[0], outputs.labels[0], classes)
+    statistics = np.asarray(statistics, np.float64)  # [E, N, K]
     targets = np.asarray(metric.target_statistics(outputs.labels[0], classes), np.float64)
     gains = statistics[leaving, row] - statistics[leaving + 1, row]  # [M, K]
     saved = outputs.cost[leaving] - outputs.cost[leaving + 1]  # [M]
@@ -123,7 +129,7 @@ def drawn_areas(outputs: ExitOutputs, confidences: np.ndarray, counts: np.ndarra
     for drawn in counts:
         sums = np.zeros((1 + len(move), steps.shape[1]))
         np.cumsum(drawn[row, None] * steps, axis=0, out=sums[1:])
-        sums = sums[ends][::-1]  # [T, 1 + K], from the cheapest
+        sums = sums[ends][::-1]  # [T, 1 + K], the cheapest first
         cost = outputs.cost[-1] + sums[:, 0] / drawn.sum()
         score = metric.value(drawn @ statistics[-1] + sums[:, 1:], drawn @ targets)
         areas.append(mean_to_full(cost, score))
@@ -133,18 +139,18 @@ def drawn_areas(outputs: ExitOutputs, confidences: np.ndarray, counts: np.ndarra
 def score_predictions(
     metric: str, predictions: np.ndarray, labels: np.ndarray, classes: int
 ) -> Scores:
-    """Scores a baseline, which has one exit: predictions int [S, N]."""
+    """Returns the scores of a baseline, which has one exit, from predictions int [S, N]."""
     exits = [[compute_metric(metric, each, labels, classes)] for each in predictions]
     return Scores(np.asarray(exits), np.asarray(exits)[:, 0])
 
 
 def record_path(output: Path, name: str, variant: str) -> Path:
-    """Returns where the record of a variant of a cell stands."""
+    """Returns the path of the record of a variant of a cell."""
     return output / "cells" / name / f"{variant}.json"
 
 
 def write_record(output: Path, name: str, variant: str, record: Record) -> None:
-    """Writes a record, whole or not at all; a line for each of its parts."""
+    """Writes a record atomically, with one line for each of its parts."""
     parts = {
         "config": dict(record.config),
         "n": dict(record.n),
@@ -156,7 +162,7 @@ def write_record(output: Path, name: str, variant: str, record: Record) -> None:
 
 
 def read_record(output: Path, name: str, variant: str) -> Record | None:
-    """Returns what `write_record` wrote, None where there is none yet."""
+    """Returns a record written by `write_record`, None if it does not exist."""
     path = record_path(output, name, variant)
     if not path.exists():
         return None
@@ -167,7 +173,7 @@ def read_record(output: Path, name: str, variant: str) -> Record | None:
 
 
 def _packed(scores: Scores) -> dict[str, Any]:
-    """Returns scores as JSON: a metric of a thousand rows has no seventh digit."""
+    """Returns scores as JSON values, with six digits, enough for a metric of a thousand rows."""
     values = {"exits": scores.exits.round(6).tolist(), "area": scores.area.round(6).tolist()}
     if scores.drawn_area is None:
         return values

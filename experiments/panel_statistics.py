@@ -1,4 +1,4 @@
-"""Statistics of experiments.panel: paired differences, Holm's correction, the criterion, the aims.
+"""Statistics of experiments.panel: paired differences, Holm's method, the criterion, the goals.
 
 Shape letters: S seed, E exit, D bootstrap draws, P draws of rows and seeds, H hypotheses.
 """
@@ -12,7 +12,7 @@ import numpy as np
 
 from experiments.panel_records import Record, Scores, read_record
 from experiments.panel_variants import (
-    AS_THEY_ARE,
+    AS_PUBLISHED,
     BASELINES,
     CELLS,
     METHODS,
@@ -22,16 +22,15 @@ from experiments.panel_variants import (
 )
 
 _KINDS = ("trained", "refit")
-_SEED_DRAWS = 20  # of each draw of rows
-LEVEL = 0.05  # of significance, of a whole table
-NEAR = 0.005  # what "less half a point" allows
+_SEED_DRAWS = 20  # draws of seeds for each draw of rows
+LEVEL = 0.05  # level of significance, for all comparisons of a table together
 
-# By cell, and then by "VARIANT KIND", or the name of a baseline.
-Found = Mapping[str, Mapping[str, Scores]]
+# Scores by cell, and then by "VARIANT KIND" or the name of a baseline.
+ScoresByCell = Mapping[str, Mapping[str, Scores]]
 
 
 class Comparison(NamedTuple):
-    """Holds a difference of areas, its 95% interval, and its p-value before any correction."""
+    """Holds a difference of areas with its 95% interval and its uncorrected p-value."""
 
     value: float
     low: float
@@ -39,26 +38,28 @@ class Comparison(NamedTuple):
     p: float
 
 
-@functools.cache  # tables ask for the same ones again
-def compare(one: Scores, other: Scores) -> Comparison:
-    """Compares the areas of two variants of a cell, paired by seed and by drawn rows.
+@functools.cache  # several tables make the same comparisons
+def compare(first: Scores, second: Scores) -> Comparison:
+    """Returns the difference of the areas of two variants of a cell, paired by seed and by row.
 
-    By a bootstrap that draws rows, the same on both sides, and seeds with replacement: percentile
-    interval, and a two-sided p-value of the normal distribution with the draws' standard deviation.
-    Of three seeds it says little of what a fourth would do.
+    See `compare_draws`. Both variants must have `drawn_area`.
     """
-    assert one.drawn_area is not None, "one has no drawn areas"
-    assert other.drawn_area is not None, "other has no drawn areas"
-    value = float((one.area - other.area).mean())
-    return compare_draws(value, one.drawn_area - other.drawn_area)
+    assert first.drawn_area is not None, "first has no drawn areas"
+    assert second.drawn_area is not None, "second has no drawn areas"
+    value = float((first.area - second.area).mean())
+    return compare_draws(value, first.drawn_area - second.drawn_area)
 
 
 def compare_draws(value: float, gaps: np.ndarray) -> Comparison:
-    """Returns a difference with its interval and p-value, of its values on drawn rows.
+    """Returns a difference with its bootstrap interval and p-value.
+
+    The bootstrap resamples rows, the same for both sides, and seeds with replacement. The interval
+    has its percentiles; the two-sided p-value is that of a normal distribution with the standard
+    deviation of the draws. With three seeds, this says little about other seeds.
 
     Args:
-      value: on the rows as they are, the mean over seeds.
-      gaps: float64 [D, S], of each draw of rows and each seed.
+      value: difference on the original rows, mean over seeds.
+      gaps: difference on the drawn rows, float64 [D, S].
 
     """
     count = gaps.shape[1]
@@ -69,7 +70,7 @@ def compare_draws(value: float, gaps: np.ndarray) -> Comparison:
 
 
 def two_sided(value: float, spread: float) -> float:
-    """Returns the p-value of no difference, of the normal distribution with such a spread."""
+    """Returns the two-sided p-value of a value, normal with mean 0 and the deviation `spread`."""
     from scipy import stats
 
     if spread == 0:
@@ -78,81 +79,96 @@ def two_sided(value: float, spread: float) -> float:
 
 
 def holm(p: Sequence[float]) -> np.ndarray:
-    """Returns p-values adjusted by Holm (1979) for all of them together, float64 [H]."""
+    """Returns p-values adjusted for multiple comparisons by Holm's method (1979), float64 [H]."""
     order = np.argsort(p, kind="stable")
     factors = np.arange(len(p), 0, -1)
     adjusted = np.maximum.accumulate(np.asarray(p, np.float64)[order] * factors)
-    found = np.empty(len(p))
-    found[order] = np.minimum(adjusted, 1)
-    return found
+    result = np.empty(len(p))
+    result[order] = np.minimum(adjusted, 1)
+    return result
 
 
-def load(output: Path) -> tuple[dict[str, dict[str, Scores]], dict[tuple[str, str], Record]]:
-    """Returns the scores of all cells with any, and the records by (cell, variant)."""
-    found: dict[str, dict[str, Scores]] = {}
+def load_scores(output: Path) -> tuple[dict[str, dict[str, Scores]], dict[tuple[str, str], Record]]:
+    """Returns the scores of the cells that have records, and the records by (cell, variant)."""
+    by_cell: dict[str, dict[str, Scores]] = {}
     records = {}
     for cell in CELLS:
         for variant in (BASELINES, *VARIANTS):
-            own = stored_as(cell, variant)
-            record = read_record(output, cell, own)
+            stored = stored_as(cell, variant)
+            record = read_record(output, cell, stored)
             if record is None:
                 continue
-            if own == variant:
+            if stored == variant:
                 records[cell, variant] = record
             for kind, scores in record.scores.items():
                 name = kind if variant == BASELINES else f"{variant} {kind}"
-                found.setdefault(cell, {})[name] = scores
-    return found, records
+                by_cell.setdefault(cell, {})[name] = scores
+    return by_cell, records
 
 
-def with_exits(found: Found) -> list[str]:
-    """Returns the names of all that have a curve, in the order of the variants."""
-    names = {n for rows in found.values() for n, s in rows.items() if s.drawn_area is not None}
+def variants_with_exits(by_cell: ScoresByCell) -> list[str]:
+    """Returns the names of all variants that have several exits, in the order of VARIANTS."""
+    names = {n for rows in by_cell.values() for n, s in rows.items() if s.drawn_area is not None}
     order = [f"{variant} {kind}" for variant in VARIANTS for kind in _KINDS]
     return [name for name in order if name in names]
 
 
-def shared_cells(found: Found, names: Iterable[str]) -> list[str]:
-    """Returns the cells that have all of these."""
-    wanted = set(names)
-    return [cell for cell, rows in found.items() if wanted <= set(rows)]
+def cells_with(by_cell: ScoresByCell, names: Iterable[str]) -> list[str]:
+    """Returns the cells that have scores of all these names."""
+    required = set(names)
+    return [cell for cell, rows in by_cell.items() if required <= set(rows)]
 
 
-def mean_area(found: Found, name: str, cells: Sequence[str]) -> float:
-    """Returns the mean area of a variant over cells, NaN for none."""
-    return float(np.mean([found[c][name].area.mean() for c in cells])) if cells else np.nan
+def names_in_most_cells(by_cell: ScoresByCell, names: Iterable[str]) -> list[str]:
+    """Returns the names that have scores in the largest number of cells."""
+    counts = {name: sum(name in rows for rows in by_cell.values()) for name in names}
+    return [name for name, count in counts.items() if count == max(counts.values())]
 
 
-def reference_as_they_are() -> dict[str, str]:
-    """Returns the name of each method as published, by method."""
-    return {m: f"{v} trained" for m, v in zip(METHODS, AS_THEY_ARE, strict=True)}
+def mean_area(by_cell: ScoresByCell, name: str, cells: Sequence[str]) -> float:
+    """Returns the mean area of a variant over cells, NaN if there are none."""
+    return float(np.mean([by_cell[c][name].area.mean() for c in cells])) if cells else np.nan
 
 
-def reference_best_readout(found: Found) -> dict[str, str]:
-    """Returns each method's pooling, start and refit with the largest mean area, by method.
+def published_references() -> dict[str, str]:
+    """Returns the name of the variant of each method as published, by method."""
+    return {m: f"{v} trained" for m, v in zip(METHODS, AS_PUBLISHED, strict=True)}
 
-    One for all cells: the best of each cell would be the luckiest. Of the read-outs that are done
-    in the most cells, over the cells that have all of these.
+
+def best_readout_references(by_cell: ScoresByCell) -> dict[str, str]:
+    """Returns the variant of each method with its best read-out, by method.
+
+    A read-out is a pooling, an initialization and a kind of heads. The best one has the largest
+    mean area; it is the same for all cells, since the best in each cell could be so by chance. Only
+    the read-outs that are done in the most cells are compared, over the cells that have all of
+    them.
     """
     best = {}
     for method in METHODS:
         own = {f"{method}-{readout} {kind}" for readout in READOUTS for kind in _KINDS}
-        names = [n for n in with_exits(found) if n in own]
-        done = {n: sum(n in rows for rows in found.values()) for n in names}
-        most = [n for n in names if done[n] == max(done.values())]
-        cells = shared_cells(found, most)
-        if most and cells:
-            best[method] = max(most, key=lambda n: mean_area(found, n, cells))
+        names = [name for name in variants_with_exits(by_cell) if name in own]
+        names = names_in_most_cells(by_cell, names)
+        cells = cells_with(by_cell, names)
+        if names and cells:
+            best[method] = max(names, key=lambda name: mean_area(by_cell, name, cells))
     return best
 
 
-class Standing(NamedTuple):
-    """Holds how a variant stands to the best of three references, cell by cell."""
+class BestComparison(NamedTuple):
+    """Holds the comparison of a variant with the best of three references in each cell.
 
-    cells: list[str]  # that have the variant and all three
-    against: list[str]  # the best of the three by mean area, of each cell
+    Attributes:
+      cells: cells that have the variant and all three references.
+      best: name of the reference with the largest mean area in each cell.
+      gaps: difference of the variant from that reference in each cell.
+      p: p-value in each cell, adjusted over the cells, float64.
+
+    """
+
+    cells: list[str]
+    best: list[str]
     gaps: list[Comparison]
-    p: np.ndarray  # float64, of each cell, adjusted over the cells
+    p: np.ndarray
 
     @property
     def below(self) -> list[str]:
@@ -162,94 +178,19 @@ class Standing(NamedTuple):
 
     @property
     def at_or_above(self) -> int:
-        """Returns in how many cells the area is not smaller."""
+        """Returns the number of cells where the variant's area is not smaller."""
         return sum(gap.value >= 0 for gap in self.gaps)
 
 
-def standing(found: Found, name: str, references: Mapping[str, str]) -> Standing:
-    """Compares a variant with the best of the references in every cell that has all of them."""
-    names = list(references.values())
-    cells = shared_cells(found, [name, *names]) if len(names) == len(METHODS) else []
-    against = [max(names, key=lambda n, c=c: found[c][n].area.mean()) for c in cells]
-    gaps = [compare(found[c][name], found[c][best]) for c, best in zip(cells, against, strict=True)]
-    return Standing(cells, against, gaps, holm([gap.p for gap in gaps]))
+def compare_to_best(
+    by_cell: ScoresByCell, name: str, references: Mapping[str, str]
+) -> BestComparison:
+    """Compares a variant with the best of three references in every cell that has all of them.
 
-
-def choose_default(found: Found) -> tuple[str | None, list[str]]:
-    """Applies the criterion of docs/reproduction.md.
-
-    Returns:
-      The variant with the largest mean area that is in no cell significantly below, None where
-      there is none; and all variants compared, the largest mean area first.
-
+    There are no cells if fewer than three references are known.
     """
-    names = with_exits(found)
-    done = {n: sum(n in rows for rows in found.values()) for n in names}
-    names = [n for n in names if done[n] == max(done.values())]
-    cells = shared_cells(found, names)
-    names.sort(key=lambda n: -mean_area(found, n, cells))
-    references = (reference_as_they_are(), reference_best_readout(found))
-    for name in names:
-        tried = [standing(found, name, r) for r in references]
-        if all(s.cells and not s.below for s in tried):
-            return name, names
-    return None, names
-
-
-class Count(NamedTuple):
-    """Holds in how many of how many cells something holds, and the share that was aimed at."""
-
-    what: str
-    good: int
-    cells: int
-    aim: float
-
-    @property
-    def met(self) -> bool:
-        """Returns whether the share is reached."""
-        return self.cells > 0 and self.good >= self.aim * self.cells - 1e-9
-
-
-def aims(found: Found, name: str) -> list[Count]:
-    """Returns what the default is asked for, and in how many cells it is so."""
-    cells = {c: rows for c, rows in found.items() if name in rows}
-    probes = [f"probe_{layer}" for layer in (1, 2, 4, 6)]
-    probed = [c for c, rows in cells.items() if {*probes, "tfidf"} <= set(rows)]
-    plain = [c for c, rows in cells.items() if "plain trained" in rows]
-
-    def exits(cell: str) -> np.ndarray:
-        return cells[cell][name].exits.mean(axis=0)  # [E]
-
-    def baseline(cell: str, which: str) -> float:
-        return float(cells[cell][which].exits.mean())
-
-    frozen = [
-        (exits(c) >= np.asarray([baseline(c, p) for p in probes]) - NEAR).all() for c in probed
-    ]
-    words = [(exits(c) >= baseline(c, "tfidf") - NEAR).all() for c in probed]
-    last = [exits(c)[-1] >= baseline(c, "plain trained") - NEAR for c in plain]
-    own = standing(found, name, reference_best_readout(found))
-    usual = standing(found, name, reference_as_they_are())
-    return [
-        Count("every exit at or above the frozen probe less 0.5", sum(frozen), len(probed), 0.9),
-        Count("every exit at or above TF-IDF less 0.5", sum(words), len(probed), 0.9),
-        Count("last exit at or above the plain full model less 0.5", sum(last), len(plain), 0.9),
-        Count(
-            "area at or above all three methods with their own best read-out",
-            own.at_or_above,
-            len(own.cells),
-            0.8,
-        ),
-        Count(
-            "area not significantly below any of these",
-            len(own.cells) - len(own.below),
-            len(own.cells),
-            1.0,
-        ),
-        Count(
-            "area not significantly below any of the three methods as they are",
-            len(usual.cells) - len(usual.below),
-            len(usual.cells),
-            1.0,
-        ),
-    ]
+    names = list(references.values())
+    cells = cells_with(by_cell, [name, *names]) if len(names) == len(METHODS) else []
+    best = [max(names, key=lambda n, c=c: by_cell[c][n].area.mean()) for c in cells]
+    gaps = [compare(by_cell[c][name], by_cell[c][b]) for c, b in zip(cells, best, strict=True)]
+    return BestComparison(cells, best, gaps, holm([gap.p for gap in gaps]))

@@ -1,4 +1,4 @@
-"""The tables of experiments.panel, of what is done.
+"""The tables of experiments.panel, from the records of its finished variants.
 
 Shape letters: S seed, E exit.
 """
@@ -7,10 +7,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from experiments import paper
+from experiments.panel_criterion import choose_default, goals
 from experiments.panel_differences import (
     Table,
     changes_table,
     decay_table,
+    exits_text,
     gaps_table,
     interval_text,
     pooling_table,
@@ -21,46 +23,39 @@ from experiments.panel_differences import (
 )
 from experiments.panel_records import Record, Scores
 from experiments.panel_statistics import (
-    Found,
-    aims,
-    choose_default,
-    load,
+    ScoresByCell,
+    best_readout_references,
+    cells_with,
+    compare_to_best,
+    load_scores,
     mean_area,
-    reference_as_they_are,
-    reference_best_readout,
-    shared_cells,
-    standing,
-    with_exits,
+    names_in_most_cells,
+    published_references,
+    variants_with_exits,
 )
-from experiments.panel_variants import (
-    BASELINES,
-    CELLS,
-    ROW_GROUPS,
-    VARIANTS,
-    stored_as,
-    units,
-)
+from experiments.panel_variants import BASELINES, CELLS, ROW_GROUPS, VARIANTS, stored_as, units
 from experiments.rendering import table_lines
 from sweet_jax.files import write_text
 
 DEFAULT = "recipe refit"
 
-ABOUT = """Made by `python -m experiments.panel`: its docstring has the cells, the variants and
-what is searched. MiniLM is sentence-transformers' all-MiniLM-L6-v2. Per cent of 1,000 validation
-rows at most: accuracy, of CoLA Matthews correlation. Area is the mean between a sixth of the full
-model's cost and the full model's, under the exact curve. "trained" has the heads as trained,
-"refit" a logistic regression refitted on the same trunk. Significant, and bold: below 0.05 after
-Holm's correction over the table. The panel in docs/reproduction.md has the statistics and the
-criterion."""
+ABOUT = """Made by `python -m experiments.panel`, whose docstring describes the cells, the variants
+and the learning-rate search. The encoder is MiniLM, sentence-transformers' all-MiniLM-L6-v2. Scores
+are in per cent of at most 1,000 validation rows: accuracy or, for CoLA, Matthews correlation. Area
+is the mean score under the exact curve between a sixth of the full model's cost and the full
+model's cost. "trained" means the heads as trained, "refit" logistic regressions fitted on the same
+trunk. Methods as published have the first token, random heads as trained and two epochs.
+Significant differences, in bold, have a p-value below 0.05 after Holm's correction over the table.
+The panel in docs/reproduction.md has the statistics and the criterion."""
 
 
 def render(output: Path) -> None:
-    """Writes README.md of what is done; nothing where nothing is."""
-    found, records = load(output)
-    if not found:
+    """Writes README.md from the records; nothing if there are none."""
+    by_cell, records = load_scores(output)
+    if not by_cell:
         return
     lines = ["# The panel", "", ABOUT, ""]
-    sections = _sections(found) | {"SetFit on the same rows": setfit_table(output)}
+    sections = _sections(by_cell) | {"SetFit on the same rows": setfit_table(output)}
     for heading, (header, rows) in sections.items():
         if rows:
             lines += [f"## {heading}", "", *table_lines(header, rows), ""]
@@ -68,160 +63,160 @@ def render(output: Path) -> None:
     write_text(output / "README.md", "\n".join(lines))
 
 
-def _sections(found: Found) -> dict[str, Table]:
+def _sections(by_cell: ScoresByCell) -> dict[str, Table]:
     """Returns all tables, by title."""
-    best, names = choose_default(found)
+    best, names = choose_default(by_cell)
     sections: dict[str, Table] = {
-        "Areas": areas_table(found),
-        "The criterion": criterion_table(found),
-        f"The aims: {DEFAULT}": aims_table(found, DEFAULT),
+        "Areas": areas_table(by_cell),
+        "The criterion": criterion_table(by_cell),
+        f"The goals: {DEFAULT}": goals_table(by_cell, DEFAULT),
     }
     other = best or next((n for n in names if n != DEFAULT), DEFAULT)
     if other != DEFAULT:
-        sections[f"The aims: {other}"] = aims_table(found, other)
-    sections["Differences between the methods, by read-out"] = gaps_table(found)
-    sections["What a change adds to mean pooling and a probe"] = changes_table(found)
-    sections["What the recipe's training adds"] = training_table(found)
-    sections["What comparing the texts of a pair adds, heads refitted"] = pooling_table(found)
-    sections["What layer_decay 0.8 adds to the recipe, heads refitted"] = decay_table(found)
-    sections["What layer_scaling 0.5 adds to the recipe, heads refitted"] = scaling_table(found)
+        sections[f"The goals: {other}"] = goals_table(by_cell, other)
+    sections["Differences between the methods, by read-out"] = gaps_table(by_cell)
+    sections["What a change adds to mean pooling and a probe"] = changes_table(by_cell)
+    sections["What the recipe's training adds"] = training_table(by_cell)
+    sections["What comparing the texts of a pair adds, heads refitted"] = pooling_table(by_cell)
+    sections["What layer_decay 0.8 adds to the recipe, heads refitted"] = decay_table(by_cell)
+    sections["What layer_scaling 0.5 adds to the recipe, heads refitted"] = scaling_table(by_cell)
     for heading, references in (
-        ("the methods as they are", reference_as_they_are()),
-        ("the methods with their own best read-out", reference_best_readout(found)),
+        ("the methods as published", published_references()),
+        ("the methods with their own best read-out", best_readout_references(by_cell)),
     ):
-        sections[f"{DEFAULT} less the best of {heading}"] = standing_table(found, references)
+        sections[f"{DEFAULT} less the best of {heading}"] = standing_table(by_cell, references)
     for rows in (100, 500, 2000, 6000):
-        own = {c: s for c, s in found.items() if ROW_GROUPS[CELLS[c].rows] == ROW_GROUPS[rows]}
+        own = {c: s for c, s in by_cell.items() if ROW_GROUPS[CELLS[c].rows] == ROW_GROUPS[rows]}
         sections[f"Areas, {ROW_GROUPS[rows]} rows"] = matrix(own, _area)
-        sections[f"Exits 1, 2, 4 and 6, {ROW_GROUPS[rows]} rows"] = matrix(own, _exits)
+        sections[f"Exits 1, 2, 4 and 6, {ROW_GROUPS[rows]} rows"] = matrix(
+            own, lambda scores: exits_text([scores])
+        )
     return sections
 
 
-def areas_table(found: Found, most: int | None = None) -> Table:
-    """Returns the mean area of the variants, and in how many cells each is significantly below.
+def areas_table(by_cell: ScoresByCell, most: int | None = None) -> Table:
+    """Returns the mean areas, and the numbers of cells significantly below the best reference.
 
-    The mean is over the cells that those done in the most cells all have; of the others, over
-    their own, after these, with the default's in the same cells. most: rows, at most.
+    The first rows are the variants that are done in the most cells, with means over the cells that
+    all of these have. Means of the others are over their own cells, beside the default's there.
+
+    most: maximum number of rows.
     """
-    names = with_exits(found)
-    done = {n: sum(n in rows for rows in found.values()) for n in names}
-    whole = [n for n in names if done[n] == max(done.values())]
-    shared = shared_cells(found, whole)
-    references = (reference_as_they_are(), reference_best_readout(found))
+    names = variants_with_exits(by_cell)
+    complete = names_in_most_cells(by_cell, names)
+    shared = cells_with(by_cell, complete)
+    references = (published_references(), best_readout_references(by_cell))
     rows = []
     for name in names:
-        cells = shared if name in whole else shared_cells(found, [name])
-        tried = [standing(found, name, r) for r in references]
-        below = [f"{len(s.below)} of {len(s.cells)}" if s.cells else "" for s in tried]
-        mean = mean_area(found, name, cells)
-        own = [c for c in cells if DEFAULT in found[c]]
-        there = f"{100 * mean_area(found, DEFAULT, own):.2f}" if own == cells else ""
-        texts = [name, f"{100 * mean:.2f}", str(len(cells)), there, *below]
-        rows.append((name not in whole, -mean, texts))
+        cells = shared if name in complete else cells_with(by_cell, [name])
+        comparisons = [compare_to_best(by_cell, name, each) for each in references]
+        below = [f"{len(c.below)} of {len(c.cells)}" if c.cells else "" for c in comparisons]
+        mean = mean_area(by_cell, name, cells)
+        own = [c for c in cells if DEFAULT in by_cell[c]]
+        default = f"{100 * mean_area(by_cell, DEFAULT, own):.2f}" if own == cells else ""
+        texts = [name, f"{100 * mean:.2f}", str(len(cells)), default, *below]
+        rows.append((name not in complete, -mean, texts))
     header = (
         "variant",
         "mean area",
         "cells",
-        f"{DEFAULT} there",
-        "below the best as they are",
-        "below the best of their own best read-outs",
+        f"{DEFAULT} in these cells",
+        "below the best method as published",
+        "below the best method with its best read-out",
     )
     return header, [row for *_, row in sorted(rows, key=lambda r: r[:2])][:most]
 
 
-def criterion_table(found: Found) -> Table:
-    """Returns what the criterion chooses, or the two that come nearest and where each fails."""
-    best, names = choose_default(found)
-    references = (reference_as_they_are(), reference_best_readout(found))
-    shown = [best] if best else sorted(names, key=lambda n: len(_below(found, n, references)))[:2]
+def criterion_table(by_cell: ScoresByCell) -> Table:
+    """Returns the variant that the criterion chooses, or the nearest two and where they fail."""
+    best, names = choose_default(by_cell)
+    references = (published_references(), best_readout_references(by_cell))
+    shown = [best] if best else sorted(names, key=lambda n: len(_below(by_cell, n, references)))[:2]
     rows = []
     for name in shown:
-        cells = shared_cells(found, names)
-        fails = ", ".join(_below(found, name, references)) or "in no cell"
-        rows.append([name, f"{100 * mean_area(found, name, cells):.2f}", str(len(cells)), fails])
+        cells = cells_with(by_cell, names)
+        below = ", ".join(_below(by_cell, name, references)) or "in no cell"
+        rows.append([name, f"{100 * mean_area(by_cell, name, cells):.2f}", str(len(cells)), below])
     for method, name in references[1].items():
-        cells = shared_cells(found, [name])
-        area = f"{100 * mean_area(found, name, cells):.2f}"
-        what = f"{paper.NAMES[method]}'s own best read-out: {name}"
-        rows.append([what, area, str(len(cells)), ""])
-    what = "largest area that meets the criterion" if best else "nearest to the criterion"
-    return (what, "mean area", "cells", "significantly below"), rows
+        cells = cells_with(by_cell, [name])
+        area = f"{100 * mean_area(by_cell, name, cells):.2f}"
+        label = f"{paper.NAMES[method]}'s own best read-out: {name}"
+        rows.append([label, area, str(len(cells)), ""])
+    label = "largest area that meets the criterion" if best else "nearest to the criterion"
+    return (label, "mean area", "cells", "significantly below"), rows
 
 
-def _below(found: Found, name: str, references: Sequence[Mapping[str, str]]) -> list[str]:
-    return list(dict.fromkeys(c for r in references for c in standing(found, name, r).below))
+def _below(by_cell: ScoresByCell, name: str, references: Sequence[Mapping[str, str]]) -> list[str]:
+    return list(
+        dict.fromkeys(c for r in references for c in compare_to_best(by_cell, name, r).below)
+    )
 
 
 def progress_table(records: Mapping[tuple[str, str], Record]) -> Table:
-    """Returns in how many cells each variant that is done in some is done, by rows."""
-    stages = list(dict.fromkeys(ROW_GROUPS.values()))
+    """Returns the number of finished cells of each variant that has any, by number of rows."""
+    groups = list(dict.fromkeys(ROW_GROUPS.values()))
     rows = []
     for variant in (BASELINES, *VARIANTS):
         texts = []
-        for rows_of in stages:
-            cells = [c for c in CELLS if ROW_GROUPS[CELLS[c].rows] == rows_of]
+        for group in groups:
+            cells = [c for c in CELLS if ROW_GROUPS[CELLS[c].rows] == group]
             cells = [c for c in cells if stored_as(c, variant) == variant]
             texts.append(f"{sum((c, variant) in records for c in cells)} of {len(cells)}")
-        if any(known == variant for _, known in records):
+        if any(recorded == variant for _, recorded in records):
             rows.append([variant, *texts])
-    return ("cells done", *(f"{rows_of} rows" for rows_of in stages)), rows
+    return ("cells done", *(f"{group} rows" for group in groups)), rows
 
 
-def aims_table(found: Found, name: str) -> Table:
-    """Returns what the default is asked for, and whether it is so."""
+def goals_table(by_cell: ScoresByCell, name: str) -> Table:
+    """Returns the goals for the default, and whether a variant meets them."""
     rows = [
         [
-            count.what,
-            f"{count.good} of {count.cells}",
-            f"{100 * count.good / count.cells:.0f}%",
-            f"{100 * count.aim:.0f}%",
-            "yes" if count.met else "no",
+            goal.text,
+            f"{goal.met_in} of {goal.cells}",
+            f"{100 * goal.met_in / goal.cells:.0f}%",
+            f"{100 * goal.required:.0f}%",
+            "yes" if goal.met else "no",
         ]
-        for count in aims(found, name)
-        if count.cells
+        for goal in goals(by_cell, name)
+        if goal.cells
     ]
-    return ("in cells", "holds in", "share", "aim", "met"), rows
+    return ("goal for a cell", "cells", "share", "goal for the share", "met"), rows
 
 
-def standing_table(found: Found, references: Mapping[str, str]) -> Table:
-    """Returns the default's area less that of the best reference, cell by cell."""
-    own = standing(found, DEFAULT, references)
+def standing_table(by_cell: ScoresByCell, references: Mapping[str, str]) -> Table:
+    """Returns the default's area less that of the best reference in each cell."""
+    comparison = compare_to_best(by_cell, DEFAULT, references)
     rows = []
-    for cell, best, gap, p in zip(own.cells, own.against, own.gaps, own.p, strict=True):
-        scores = found[cell]
+    for cell, best, gap, p in zip(*comparison, strict=True):
+        scores = by_cell[cell]
         areas = [f"{100 * scores[n].area.mean():.1f}" for n in (DEFAULT, best)]
-        said = interval_text(gap, p)
-        rows.append([title(cell), areas[0], best, areas[1], said, f"{p:.2g}"])
+        rows.append([title(cell), areas[0], best, areas[1], interval_text(gap, p), f"{p:.2g}"])
     return ("cell", "area", "best", "its area", "difference", "p after Holm"), rows
 
 
-def matrix(found: Found, text: Callable[[Scores], str]) -> Table:
-    """Returns a text of every variant in every cell."""
-    names = list(dict.fromkeys(name for rows in found.values() for name in rows))
+def matrix(by_cell: ScoresByCell, text: Callable[[Scores], str]) -> Table:
+    """Returns a table of a text for every variant in every cell."""
+    names = list(dict.fromkeys(name for rows in by_cell.values() for name in rows))
     rows = [
-        [name, *(text(scores[name]) if name in scores else "" for scores in found.values())]
+        [name, *(text(scores[name]) if name in scores else "" for scores in by_cell.values())]
         for name in names
     ]
     rows = [row for row in rows if any(row[1:])]
-    return ("variant", *map(title, found)), rows
+    return ("variant", *map(title, by_cell)), rows
 
 
 def _area(scores: Scores) -> str:
     return "" if scores.drawn_area is None else f"{100 * scores.area.mean():.1f}"
 
 
-def _exits(scores: Scores) -> str:
-    return " / ".join(f"{100 * value:.1f}" for value in scores.exits.mean(axis=0))
-
-
 def _missing(records: Mapping[tuple[str, str], Record]) -> list[str]:
-    """Returns a line for each variant that lacks cells."""
-    lacking: dict[str, list[str]] = {}
+    """Returns a Markdown line for each variant with missing cells."""
+    missing: dict[str, list[str]] = {}
     for cell, variant in units():
         if (cell, variant) not in records:
-            lacking.setdefault(variant, []).append(cell)
+            missing.setdefault(variant, []).append(cell)
     lines = [
         f"- {variant}: {'every cell' if len(cells) == len(CELLS) else ', '.join(cells)}"
-        for variant, cells in lacking.items()
+        for variant, cells in missing.items()
     ]
     return lines or ["Nothing is missing."]

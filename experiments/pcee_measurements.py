@@ -1,8 +1,8 @@
-"""Measures how close each exit rule comes to the accuracy asked for, and how certificates hold.
+"""Measures how close exit rules come to a target accuracy, and how often certificates hold.
 
-For experiments.pcee_control, from the outputs of finished cells.
+It does so for experiments.pcee_control and laplace_control, from outputs of all exits.
 
-Shape letters: T target.
+Shape letters: T target, E exit, N rows.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from experiments.cells import is_finished, outputs_folder
-from experiments.comparison import Records, chosen
+from experiments.comparison import Records, chosen_runs
 from experiments.records import replace_rows
 from sweet_jax import ExitOutputs, simulate
 from sweet_jax.errors import UserError
@@ -24,7 +24,7 @@ from sweet_jax.exits.operating_point import make_resolver
 from sweet_jax.exits.policies import exit_confidences
 from sweet_jax.exits.simulation import exact_curve, read_curve
 
-# Title, policy, and whether the threshold is chosen on calibration rows (else it is the target).
+# Title, policy, and whether the threshold is chosen on calibration rows; else it is the target.
 RULES = (
     ("confidence, as it is", "raw_confidence", False),
     ("confidence, after temperature", "confidence", False),
@@ -34,35 +34,49 @@ RULES = (
     ("PCEE, isotonic", "pcee_isotonic", False),
     ("PCEE-WS", "pcee_ws", False),
 )
-TARGETS = np.linspace(0.1, 0.9, 5)  # of the way from the first exit's accuracy to the last one's
+TARGETS = np.linspace(0.1, 0.9, 5)  # between the first (0) and the last exit's accuracy (1)
 LIMITS, LEVEL = (0.02, 0.05, 0.1), 0.95
-ROWS = 400  # calibration rows of a certificate
+ROWS = 400  # calibration rows for a certificate
 _CELL = ("study", "task", "method", "learning_rate", "seed")
 CONTROL = (*_CELL, "rule", "splits", "asked", "achieved", "error", "cost")
 CERTIFICATES = (*_CELL, "limit", "level", "rows", "draws", "certified", "broken", "cost")
-LEAST_GAIN = 0.01  # of the last exit on the first: below, no target is worth asking for
+MIN_GAIN = 0.01  # of the last exit over the first; with less, targets are not worth setting
 
 
-def pooled(folder: Path, replica: int) -> ExitOutputs:
-    """Returns all held-out rows of one replica, R = 1: calibration, then validation rows."""
+def load_held_out(folder: Path, replica: int) -> ExitOutputs:
+    """Returns the outputs of a replica, R = 1, on its calibration and then its validation rows.
+
+    Raises UserError if the calibration rows are validation rows.
+    """
     parts = [
         ExitOutputs.load(folder / f"{split}.npz").replica(replica)
         for split in ("calibration", "validation")
     ]
     if parts[0].identity.fitted_on != "held_out":
         raise UserError(
-            f"{str(folder)!r} holds no rows out: its preset fits on the validation rows"
+            f"{str(folder)!r} holds out no calibration rows: train without a preset that "
+            "calibrates on the validation rows"
         )
     return join_outputs(*parts)
 
 
-def join_outputs(one: ExitOutputs, other: ExitOutputs) -> ExitOutputs:
-    """Returns the rows of two outputs of one replica, one after the other."""
+def join_outputs(first: ExitOutputs, second: ExitOutputs) -> ExitOutputs:
+    """Returns the concatenated rows of two outputs of one replica."""
     logits, labels = (
-        np.concatenate([getattr(p, name) for p in (one, other)], axis=axis)
+        np.concatenate([getattr(p, name) for p in (first, second)], axis=axis)
         for name, axis in (("logits", 2), ("labels", 1))
     )
-    return ExitOutputs(logits, labels, one.layers, one.cost)
+    return ExitOutputs(logits, labels, first.layers, first.cost)
+
+
+def reachable_targets(rows: ExitOutputs) -> np.ndarray | None:
+    """Returns target accuracies [T] between those of the first and the last exit of a replica.
+
+    Returns None if the last exit gains less than MIN_GAIN over the first.
+    """
+    accuracy = (rows.predictions == rows.labels[:, None])[0].mean(axis=-1)  # [E]
+    gain = accuracy[-1] - accuracy[0]
+    return accuracy[0] + TARGETS * gain if gain >= MIN_GAIN else None
 
 
 def control(
@@ -74,48 +88,66 @@ def control(
     *,
     oracle: bool = False,
 ) -> np.ndarray:
-    """Returns (achieved accuracy, cost) on untouched rows, float64 [rules, T, splits, 2].
+    """Returns the achieved accuracies and costs of RULES, float64 [rules, T, splits, 2].
 
-    more: confidences [E, N] of further rules, whose threshold is the target.
-    oracle: as the last rule, the threshold of confidence whose accuracy on the untouched rows is
-      nearest to the target.
+    For each split of the rows, one half fits what a rule needs, and the other is reported on.
+
+    Args:
+      rows: outputs of one replica.
+      targets: target accuracies, float64 [T].
+      splits: number of splits.
+      seed: seed of the splits.
+      more: exit confidences [E, N] of further rules, whose threshold is the target.
+      oracle: whether to add a last rule: the confidence threshold whose accuracy on the reported
+        rows is nearest to the target.
+
     """
     count, rules = rows.labels.shape[1], len(RULES) + len(more) + oracle
-    found = np.empty((rules, len(targets), splits, 2))
+    points = np.empty((rules, len(targets), splits, 2))
     for split in range(splits):
         order = np.random.default_rng([seed, split]).permutation(count)
-        fitting, untouched = rows.rows(order[: count // 2]), rows.rows(order[count // 2 :])
+        fitting, reported = rows.rows(order[: count // 2]), rows.rows(order[count // 2 :])
         resolver = make_resolver(fitting, tuple(policy for _, policy, choose in RULES if choose))
         for number, (_, policy, choose) in enumerate(RULES):
             thresholds = targets
             if choose:
-                wanted = [resolver.resolve(policy, {"accuracy": t}).threshold for t in targets]
-                # Where the calibration rows do not reach the target.
-                best = resolver.fronts[policy].threshold[-1]
-                thresholds = np.asarray([best if t is None else t for t in wanted])
-            point = simulate(
-                untouched, policy, calibrators=[resolver.calibrator], thresholds=thresholds
+                chosen = [resolver.resolve(policy, {"accuracy": t}).threshold for t in targets]
+                best = resolver.fronts[policy].threshold[-1]  # if calibration rows miss the target
+                thresholds = np.asarray([best if t is None else t for t in chosen])
+            curve = simulate(
+                reported, policy, calibrators=[resolver.calibrator], thresholds=thresholds
             )
-            found[number, :, split] = np.stack([point.score[0], point.cost[0]], axis=-1)
+            points[number, :, split] = np.stack([curve.score[0], curve.cost[0]], axis=-1)
         for number, confidences in enumerate(more, len(RULES)):
             own = confidences[None, :, order[count // 2 :]]
-            point = read_curve(exact_curve(untouched, own), targets)
-            found[number, :, split] = np.stack([point.score[0], point.cost[0]], axis=-1)
+            curve = read_curve(exact_curve(reported, own), targets)
+            points[number, :, split] = np.stack([curve.score[0], curve.cost[0]], axis=-1)
         if oracle:
-            curve = simulate(untouched, "confidence", calibrators=[resolver.calibrator])
+            curve = simulate(reported, "confidence", calibrators=[resolver.calibrator])
             nearest = np.abs(curve.score[0] - targets[:, None]).argmin(axis=1)  # [T]
-            found[-1, :, split] = np.stack([curve.score[0], curve.cost[0]], axis=-1)[nearest]
-    return found
+            points[-1, :, split] = np.stack([curve.score[0], curve.cost[0]], axis=-1)[nearest]
+    return points
 
 
-def violations(rows: ExitOutputs, size: int, draws: int, seed: int = 0) -> np.ndarray:
-    """Counts how often certificates hold, float64 [limits, 3]: certified, broken, mean cost.
+def count_violations(rows: ExitOutputs, size: int, draws: int, seed: int = 0) -> np.ndarray:
+    """Counts how often certificates are broken.
 
-    Calibration rows, `size` of them, are drawn with replacement; the truth is known: it is the
-    share harmed of all rows.
+    Calibration rows are drawn with replacement from all rows, which are the population: a
+    certificate is broken if the share of all rows that its threshold harms is above its limit.
+
+    Args:
+      rows: outputs of one replica.
+      size: number of calibration rows.
+      draws: number of draws.
+      seed: seed of the draws.
+
+    Returns:
+      The number of draws that certify a threshold, the number of these whose certificate is broken,
+      and the mean cost, float64 [limits, 3].
+
     """
     count, harmful = rows.labels.shape[1], exit_losses(rows, 0, "risk")
-    found = np.zeros((len(LIMITS), 3))
+    counts = np.zeros((len(LIMITS), 3))
     for draw in range(draws):
         drawn = np.random.default_rng([seed, draw]).integers(0, count, size)
         resolver = make_resolver(rows.rows(drawn), ("confidence",))
@@ -128,21 +160,21 @@ def violations(rows: ExitOutputs, size: int, draws: int, seed: int = 0) -> np.nd
             if threshold is not None:
                 place = (points < threshold).sum(axis=0)
             broken = np.take_along_axis(harmful, place[None], axis=0).mean() > limit
-            found[number] += (threshold is not None, broken, rows.cost[place].mean())
-    found[:, 2] /= draws
-    return found
+            counts[number] += (threshold is not None, broken, rows.cost[place].mean())
+    counts[:, 2] /= draws
+    return counts
 
 
 def measurements(options: argparse.Namespace, records: Records) -> None:
-    """Writes pcee_control.csv and certificates.csv of the cells with outputs in the workdir."""
-    found: list[dict] = []
+    """Writes pcee_control.csv and certificates.csv for the cells with outputs in --workdir."""
+    controlled: list[dict] = []
     certified: list[dict] = []
     for name, record in records.items():
         folder = outputs_folder(options.workdir, name)
         if not is_finished(options.workdir, name):
             print(f"{name} is not measured: its outputs are not in {str(options.workdir)!r}")
             continue
-        for run in chosen(record):
+        for run in chosen_runs(record):
             index = record.runs.index(run)
             cell = {
                 "study": options.output.name,
@@ -151,32 +183,34 @@ def measurements(options: argparse.Namespace, records: Records) -> None:
                 "learning_rate": run.learning_rate,
                 "seed": run.seed,
             }
-            rows = pooled(folder, index)
-            seed = zlib.crc32(f"{name} {index}".encode())  # draws of cells are independent
+            rows = load_held_out(folder, index)
+            seed = zlib.crc32(f"{name} {index}".encode())  # independent draws for each cell
             for limit, drawn in zip(
-                LIMITS, violations(rows, ROWS, options.splits, seed).tolist(), strict=True
+                LIMITS, count_violations(rows, ROWS, options.splits, seed).tolist(), strict=True
             ):
                 values = (limit, LEVEL, ROWS, options.splits, *drawn)
                 certified.append(cell | dict(zip(CERTIFICATES[5:], values, strict=True)))
-            right = (rows.predictions == rows.labels[:, None])[0].mean(axis=-1)
-            if right[-1] - right[0] >= LEAST_GAIN:
-                targets = right[0] + TARGETS * (right[-1] - right[0])
+            targets = reachable_targets(rows)
+            if targets is not None:
                 points = control(rows, targets, options.splits, seed)
-                found += _control_rows(cell, points, targets, options.splits)
+                controlled += _control_rows(cell, points, targets, options.splits)
     key = operator.itemgetter("task", "method")
-    replace_rows(options.output / "pcee_control.csv", CONTROL, found, key)
+    replace_rows(options.output / "pcee_control.csv", CONTROL, controlled, key)
     replace_rows(options.output / "certificates.csv", CERTIFICATES, certified, key)
 
 
 def _control_rows(
     cell: dict, points: np.ndarray, targets: np.ndarray, splits: int
 ) -> list[dict[str, Any]]:
-    """Returns rows of pcee_control.csv, means over splits of `control`'s answer for one run."""
+    """Returns the rows of pcee_control.csv for one run.
+
+    points: result of `control`, of which they have the means over splits.
+    """
     rows = []
     for (rule, _, _), of_rule in zip(RULES, points, strict=True):
-        for target, found in zip(targets, of_rule, strict=True):  # [splits, 2]
-            achieved, cost = found.mean(axis=0)
-            error = np.abs(found[:, 0] - target).mean()
+        for target, of_target in zip(targets, of_rule, strict=True):  # [splits, 2]
+            achieved, cost = of_target.mean(axis=0)
+            error = np.abs(of_target[:, 0] - target).mean()
             values = (rule, splits, target, achieved, error, cost)
             rows.append(cell | dict(zip(CONTROL[5:], values, strict=True)))
     return rows

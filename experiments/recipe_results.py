@@ -21,9 +21,9 @@ _DRAWS = 200
 
 
 class Cell(NamedTuple):
-    """Names a task with a number of rows.
+    """Describes a task with a number of rows.
 
-    source: "text" or "glue", where --text_dir or --data_dir has it; else what data_files names.
+    source: "text" or "glue" if the task is in --text_dir or --data_dir; else its data_files.
     """
 
     task: str
@@ -42,7 +42,7 @@ _TASKS = {
 CELLS = {
     f"{task}-{rows}": Cell(task, rows, length, source)
     for task, (length, source) in _TASKS.items()
-    # Of 77 classes some have no row among 500.
+    # With 500 rows, some of the 77 classes would have none.
     for rows in (1000 if task == "banking77" else 500, 2000)
 }
 
@@ -52,11 +52,10 @@ class Scores:
     """Holds the scores of one variant on the validation rows.
 
     Attributes:
-      exits: float64 [S, E], accuracy of every exit alone.
-      area: float64 [S], mean accuracy from exit 1's cost to the full model's, exact curve.
-      drawn_exits: float32 [D, S, E], the same on rows drawn with replacement; the same draws for
-        all variants of a cell, so that differences are paired.
-      drawn_area: float32 [D, S].
+      exits: accuracy of every exit alone, float64 [S, E].
+      area: mean accuracy under the exact curve, from exit 1's cost to the full model's, [S].
+      drawn_exits, drawn_area: the same on rows drawn with replacement, float32 [D, S, E] and
+        [D, S]. The draws are the same for all variants of a cell, so that differences are paired.
 
     """
 
@@ -71,10 +70,10 @@ class CellRecord:
     """Holds the stored result of a variant of a cell.
 
     Attributes:
-      config: of the run, as JSON has it.
-      n: rows of each kind.
-      scores: by kind: "trained", "refit", or the name of a baseline.
-      about: the search for a rate, the best steps, seconds.
+      config: config of the run as JSON values, without paths.
+      n: numbers of rows by kind, and of classes.
+      scores: scores by kind: "trained", "refit", or the name of a baseline.
+      about: the learning-rate search, the best steps and the seconds.
 
     """
 
@@ -84,42 +83,45 @@ class CellRecord:
     about: Mapping[str, Any]
 
 
-def draws(count: int) -> np.ndarray:
-    """Returns the rows of every draw, int [D, N]: the same for the same number of rows."""
+def draw_rows(count: int) -> np.ndarray:
+    """Returns the rows of every bootstrap draw, int [D, N]; they depend only on their number."""
     return np.random.default_rng(0).integers(0, count, (_DRAWS, count))
 
 
 def score_run(analysis: Analysis) -> Scores:
-    """Scores a run by the exact curve of its own policy."""
+    """Returns the scores of a run, with the area under the exact curve of its own policy."""
     outputs = analysis.validation
     confidences = exit_confidences(outputs, analysis.policy, analysis.calibrators)  # [S, E, N]
     correct = outputs.predictions == outputs.labels[:, None]  # [S, E, N]
-    drawn = draws(outputs.labels.shape[1])
+    drawn = draw_rows(outputs.labels.shape[1])
     areas = []
     for rows in drawn:
         curve = exact_curve(outputs.rows(rows), confidences[..., rows])
         areas.append([mean_to_full(*pair) for pair in zip(curve.cost, curve.score, strict=True)])
     pairs = zip(analysis.curve.cost, analysis.curve.score, strict=True)
     area = np.asarray([mean_to_full(cost, score) for cost, score in pairs])
-    alone = score_predictions(correct)
-    return dataclasses.replace(alone, area=area, drawn_area=np.asarray(areas, np.float32))
+    scores = score_predictions(correct)
+    return dataclasses.replace(scores, area=area, drawn_area=np.asarray(areas, np.float32))
 
 
 def score_predictions(correct: np.ndarray) -> Scores:
-    """Scores predictions that are correct or not, bool [S, E, N]; the last exit gives the area."""
+    """Returns the scores of exits whose predictions are correct, bool [S, E, N].
+
+    The area is the last exit's accuracy.
+    """
     exits = correct.mean(axis=-1)  # [S, E]
-    drawn = np.stack([correct[..., rows].mean(axis=-1) for rows in draws(correct.shape[-1])])
+    drawn = np.stack([correct[..., rows].mean(axis=-1) for rows in draw_rows(correct.shape[-1])])
     drawn = drawn.astype(np.float32)  # [D, S, E]
     return Scores(exits, exits[:, -1], drawn, drawn[..., -1])
 
 
 def record_path(output: Path, name: str, variant: str) -> Path:
-    """Returns where the record of a variant of a cell stands."""
+    """Returns the path of the record of a variant of a cell."""
     return output / "cells" / name / f"{variant}.json"
 
 
 def write_record(output: Path, name: str, variant: str, record: CellRecord) -> None:
-    """Writes a record: scores as JSON, last, and bootstrap draws beside it as .npz."""
+    """Writes a record: the bootstrap draws to a .npz file, then the rest to a JSON file."""
     path = record_path(output, name, variant)
     arrays = {
         f"{kind}/{field}": getattr(scores, field)
@@ -132,8 +134,8 @@ def write_record(output: Path, name: str, variant: str, record: CellRecord) -> N
         "config": dict(record.config),
         "n": dict(record.n),
         "measured": {
-            kind: {"exits": m.exits.tolist(), "area": m.area.tolist()}
-            for kind, m in record.scores.items()
+            kind: {"exits": scores.exits.tolist(), "area": scores.area.tolist()}
+            for kind, scores in record.scores.items()
         },
         "about": dict(record.about),
     }
@@ -141,7 +143,7 @@ def write_record(output: Path, name: str, variant: str, record: CellRecord) -> N
 
 
 def read_record(output: Path, name: str, variant: str) -> CellRecord | None:
-    """Returns what `write_record` wrote, None where there is none yet."""
+    """Returns a record written by `write_record`, None if it does not exist."""
     path = record_path(output, name, variant)
     if not path.exists():
         return None
@@ -149,11 +151,11 @@ def read_record(output: Path, name: str, variant: str) -> CellRecord | None:
     with np.load(path.with_suffix(".npz"), allow_pickle=False) as arrays:
         scores = {
             kind: Scores(
-                np.asarray(m["exits"]),
-                np.asarray(m["area"]),
+                np.asarray(measured["exits"]),
+                np.asarray(measured["area"]),
                 arrays[f"{kind}/drawn_exits"],
                 arrays[f"{kind}/drawn_area"],
             )
-            for kind, m in values["measured"].items()
+            for kind, measured in values["measured"].items()
         }
     return CellRecord(values["config"], values["n"], scores, values["about"])

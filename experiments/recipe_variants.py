@@ -1,4 +1,4 @@
-"""The variants of experiments.recipe, and the config of each in a cell."""
+"""The variants of experiments.recipe and their configs."""
 
 import argparse
 import itertools
@@ -7,8 +7,8 @@ from typing import Any
 from experiments.recipe_results import CELLS, Cell
 from sweet_jax.config import Config
 
-# The first is kept unless another is clearly better. For the methods as they are, and the plain
-# full model, that is the rate that this repository has had for MiniLM.
+# The first rate is kept unless another one is clearly better. For the methods as published and the
+# plain full model, it is this project's usual rate for MiniLM.
 RATES = (1e-4, 5e-5, 3e-4)
 PLAIN_RATES = (3e-4, 1e-4, 5e-5)
 SEEDS = (0, 1, 2)
@@ -26,7 +26,7 @@ PLAIN = RECIPE | {  # the full model fine-tuned alone, with the recipe's steps
     "head_init": "random",
     "learning_rates": PLAIN_RATES,
 }
-_COMBINATIONS = (  # the methods as they are first, so that the others have what to be held against
+_COMBINATIONS = (  # the methods as published come first, since the others are compared with them
     *itertools.product(("early_exit", "sweet", "multi_model"), ("first",), ("random",)),
     *itertools.product(("early_exit", "sweet", "multi_model"), ("mean",), ("probe",)),
     *itertools.product(("early_exit", "sweet"), ("mean",), ("random",)),
@@ -47,7 +47,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         for method, pooling, start in _COMBINATIONS
     },
 }
-BASELINES = "baselines"  # beside the variants: what needs no training
+BASELINES = "baselines"  # name of the records of the baselines, which are no variant
 
 
 def config_of(name: str, variant: str, options: argparse.Namespace) -> Config:
@@ -57,9 +57,9 @@ def config_of(name: str, variant: str, options: argparse.Namespace) -> Config:
 
 
 def cell_values(cell: Cell, options: argparse.Namespace) -> dict[str, Any]:
-    """Returns what the configs of all variants of a cell have in common.
+    """Returns the config values that all variants of a cell have in common.
 
-    options: data_dir of GLUE, text_dir of the other data sets.
+    options: has data_dir, the folder of GLUE, and text_dir, that of the other data sets.
     """
     values: dict[str, Any] = {
         "task": cell.task,

@@ -1,9 +1,9 @@
-"""Records of a study: what its finished cells measured, as the CSV files that git keeps.
+"""Records of a study: the metrics of its finished cells, as CSV files under version control.
 
 OUTPUT/scores.csv has a row for each exit of each run (a seed and a learning rate of a cell),
-OUTPUT/runs.csv a row for each run with what is read from its whole curve, and OUTPUT/study.json
-the command's options and each cell's config, numbers of rows and digest of the data. Numbers are
-written with all their digits, so that a table rounds what was measured, and no rounding of it.
+OUTPUT/runs.csv a row for each run with values read from its whole curve, and OUTPUT/study.json the
+command's options and each cell's config, numbers of rows and digest of the data. Numbers are
+written with all their digits, so that only the tables round.
 
 Shape letters: R run (replica), T threshold.
 """
@@ -25,32 +25,34 @@ COLUMNS = (
     *("study", "task", "method", "setting", "train_size", "learning_rate", "seed", "exit"),
     *("metric", "value", "n", "area", "diverged"),
 )
-COSTS = (1 / 4, 1 / 2, 3 / 4, 1.0)  # where the paper reads its curves, within all methods' reach
+COSTS = (1 / 4, 1 / 2, 3 / 4, 1.0)  # at which the paper reads its curves, and all methods reach
 _AREAS = ("calibration_area", "area_to_full", "grid_area")
 _RUN = ("task", "method", "setting", "learning_rate", "seed")
 _CELL = ("n", "fitted_on", "learning_rate", "data_sha256")
 
 
 def exact_costs(exits: Sequence[int]) -> tuple[float, ...]:
-    """Returns the costs at which exact curves are read: the first exit's and those above it."""
+    """Returns the costs at which exact curves are read: the first exit's, and COSTS above it."""
     first = exits[0] / exits[-1]
     return (first, *(c for c in COSTS if c > first))
 
 
 def measure(folder: Path) -> Record:
-    """Returns the record of the cell whose cell.json, results.json and outputs `folder` has.
+    """Returns the record of a finished cell.
 
-    The area is under each replica's exact curve on validation rows, over its own range of cost, at
-    no more than 2,000 of its thresholds; what is read at set costs is of all thresholds.
+    Each replica's area is that under its exact curve on validation rows, over its own range of
+    costs, at up to 2,000 of its thresholds; scores at fixed costs are read from all thresholds.
+
+    folder: contains the cell's cell.json, results.json and outputs.
     """
     about, results = (json.loads((folder / f"{n}.json").read_text()) for n in ("cell", "results"))
-    halves = (ExitOutputs.load(folder / f"{split}.npz") for split in ("calibration", "validation"))
-    curve = analyse(*halves).curve  # [R, T]
+    splits = (ExitOutputs.load(folder / f"{split}.npz") for split in ("calibration", "validation"))
+    curve = analyse(*splits).curve  # [R, T]
     runs = []
     for cost, score, replica in zip(curve.cost, curve.score, results["replicas"], strict=True):
         costs = exact_costs(results["exits"])
         grid = (np.asarray(replica["grid"][key]) for key in ("cost", "score"))
-        kept = (np.asarray(replica["curve"][key]) for key in ("cost", "score"))
+        thinned = (np.asarray(replica["curve"][key]) for key in ("cost", "score"))
         runs.append(
             Run(
                 seed=replica["seed"],
@@ -59,7 +61,7 @@ def measure(folder: Path) -> Record:
                 diverged={
                     d["exit"]: f"{d['what']} at step {d['step']}" for d in replica["diverged"]
                 },
-                area=curve_area(*kept),
+                area=curve_area(*thinned),
                 calibration_area=replica["calibration_area"],
                 area_to_full=mean_to_full(cost, score),
                 grid_area=mean_to_full(*grid),
@@ -79,9 +81,9 @@ def measure(folder: Path) -> Record:
 
 
 def write_study(output: Path, records: Mapping[str, Record], options: Sequence[str]) -> None:
-    """Writes scores.csv, runs.csv and, last, study.json of all finished cells.
+    """Writes scores.csv, runs.csv and, last, study.json with all finished cells.
 
-    options: the words of the command line that the study's cells share.
+    options: command-line arguments that the study's cells share.
     """
     scores, runs = [], []
     for name, record in sorted(records.items()):
@@ -113,7 +115,7 @@ def write_study(output: Path, records: Mapping[str, Record], options: Sequence[s
     write_table(output / "scores.csv", COLUMNS, scores)
     write_table(output / "runs.csv", _run_columns(runs), runs)
     configs = {name: record.config for name, record in records.items()}
-    shared = _shared(list(configs.values()))
+    shared = _common_items(list(configs.values()))
     cells = {
         name: {key: getattr(record, key) for key in _CELL}
         | {"config": {k: v for k, v in record.config.items() if k not in shared}}
@@ -124,7 +126,10 @@ def write_study(output: Path, records: Mapping[str, Record], options: Sequence[s
 
 
 def read_study(output: Path) -> tuple[dict[str, Record], list[str]]:
-    """Returns the records of the finished cells by name, and the options; nothing of no study."""
+    """Returns the records of the finished cells, by name, and the command-line arguments.
+
+    Both are empty if the folder has no study.
+    """
     path = output / "study.json"
     if not path.exists():
         return {}, []
@@ -146,7 +151,7 @@ def read_study(output: Path) -> tuple[dict[str, Record], list[str]]:
 
 
 def write_table(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
-    """Writes a CSV file; empty where a row has no such value, or None."""
+    """Writes a CSV file; a value that a row lacks, or that is None, is empty."""
     with atomic_write(path) as aside, aside.open("w", newline="") as file:
         writer = csv.DictWriter(file, columns, lineterminator="\n")
         writer.writeheader()
@@ -154,7 +159,7 @@ def write_table(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, 
 
 
 def read_table(path: Path) -> list[dict[str, str]]:
-    """Returns the rows of a CSV file; none where there is no file."""
+    """Returns the rows of a CSV file, none if it does not exist."""
     if not path.exists():
         return []
     with path.open(newline="") as file:
@@ -167,9 +172,10 @@ def replace_rows(
     rows: Sequence[Mapping[str, Any]],
     key: Callable[[Mapping[str, Any]], Any],
 ) -> None:
-    """Writes rows to a CSV file in place of those with the same keys, and keeps the others."""
-    new = {key(row) for row in rows}
-    write_table(path, columns, [*(r for r in read_table(path) if key(r) not in new), *rows])
+    """Replaces the rows of a CSV file that have the keys of `rows`, and keeps the others."""
+    replaced = {key(row) for row in rows}
+    kept = [row for row in read_table(path) if key(row) not in replaced]
+    write_table(path, columns, [*kept, *rows])
 
 
 def _run(row: Mapping[str, str], exits: Sequence[Mapping[str, str]]) -> Run:
@@ -183,33 +189,34 @@ def _run(row: Mapping[str, str], exits: Sequence[Mapping[str, str]]) -> Run:
         calibration_area=float(calibration) if calibration else None,
         area_to_full=float(row["area_to_full"]),
         grid_area=float(row["grid_area"]),
-        exact=_at(row, "exact_at_"),
-        grid=_at(row, "grid_at_"),
+        exact=_scores_at_costs(row, "exact_at_"),
+        grid=_scores_at_costs(row, "grid_at_"),
     )
 
 
-def _at(row: Mapping[str, str], prefix: str) -> dict[str, float]:
-    """Returns the row's values at set costs, by cost as it stands in the column's name."""
-    found = {k.removeprefix(prefix): v for k, v in row.items() if k.startswith(prefix)}
-    return {cost: float(value) for cost, value in found.items() if value}
+def _scores_at_costs(row: Mapping[str, str], prefix: str) -> dict[str, float]:
+    """Returns the values in the columns with a prefix, by the cost in the rest of their name."""
+    values = {k.removeprefix(prefix): v for k, v in row.items() if k.startswith(prefix)}
+    return {cost: float(value) for cost, value in values.items() if value}
 
 
 def _by_cell(rows: Iterable[dict[str, str]]) -> dict[str, list[dict[str, str]]]:
-    found: dict[str, list[dict[str, str]]] = {}
+    """Groups rows by the name of their cell."""
+    cells: dict[str, list[dict[str, str]]] = {}
     for row in rows:
         name = "-".join(filter(None, (row["task"], row["method"], row["setting"])))
-        found.setdefault(name, []).append(row)
-    return found
+        cells.setdefault(name, []).append(row)
+    return cells
 
 
 def _run_columns(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Returns the columns of runs.csv: costs ascending, those of the exact curves first."""
-    read = {column for row in rows for column in row if "_at_" in column}
-    order = sorted(read, key=lambda c: (c.partition("_")[0], float(c.rpartition("_")[2])))
+    """Returns the columns of runs.csv; those at costs ascend, those of exact curves come first."""
+    at_costs = {column for row in rows for column in row if "_at_" in column}
+    order = sorted(at_costs, key=lambda c: (c.partition("_")[0], float(c.rpartition("_")[2])))
     return ["study", *_RUN, *_AREAS, *order]
 
 
-def _shared(configs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _common_items(configs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Returns the items that all the configs have."""
     if not configs:
         return {}

@@ -1,9 +1,10 @@
-"""Runs the cells of a script that are missing, records what they measured, and renders.
+"""Runs the missing cells of a script, records their metrics, and prints its tables.
 
-What a finished cell measured goes into OUTPUT/scores.csv, runs.csv and study.json
-(experiments.records); its full outputs stay in --workdir (experiments.cells). A second start runs
-what is missing, a cell stopped in the middle resumes from its checkpoint, and one that failed does
-not stop the others. WORKDIR/manifest.json has the state of every cell: done, failed or missing.
+The metrics of a finished cell are written to OUTPUT/scores.csv, runs.csv and study.json
+(experiments.records), and its full outputs to --workdir (experiments.cells). When a command is run
+again, it runs the missing cells, and a cell that was interrupted resumes from its checkpoint. A
+cell that fails does not stop the others. WORKDIR/manifest.json has the state of every cell: done,
+failed or missing.
 """
 
 import argparse
@@ -20,9 +21,10 @@ from typing import Any
 from experiments import cluster
 from experiments.cells import Cell, identity, is_finished, outputs_folder, run_cell, time_left
 from experiments.comparison import Record, Records
-from experiments.options import chosen_tasks, default_output, parser, shared_words
+from experiments.options import chosen_tasks, default_output, make_parser, shared_arguments
 from experiments.records import measure, read_study, write_study
-from experiments.rendering import Section, markdown, signed, write_figures
+from experiments.rendering import Section, add_provenance, section_markdown, write_figures
+from sweet_jax.arguments import run_command
 from sweet_jax.config import Config
 from sweet_jax.data.tasks import GLUE
 from sweet_jax.directories import lock_directory
@@ -31,20 +33,21 @@ from sweet_jax.errors import UserError
 from sweet_jax.files import write_json
 
 Options = argparse.Namespace
+_RESUMES = "run the same command to resume"
 
 
 @dataclasses.dataclass(frozen=True)
 class Script:
-    """Describes a table or figure: which cells it needs, and what it makes of them.
+    """Describes a script: the cells it needs, and the tables and figures that it makes of them.
 
     Attributes:
-      name: of its module.
-      doc: its docstring, which --help prints.
-      cells: from the options to the cells.
-      sections: from the options and all finished cells to tables and figures.
-      measurements: from the options and all finished cells: measures what the records of cells do
-        not hold, and writes it as CSV files of its own beside scores.csv.
-      arguments: its own options, as argparse's add_argument takes them.
+      name: name of its module.
+      doc: docstring of its module, which --help prints.
+      cells: returns the cells for the options.
+      sections: returns the tables and figures for the options and the finished cells' records.
+      measurements: takes the same, computes what the records do not contain, and writes it to CSV
+        files beside scores.csv.
+      arguments: keyword arguments of argparse's add_argument for its own options, by flag.
 
     """
 
@@ -57,120 +60,120 @@ class Script:
 
 
 def main(script: Script, argv: Sequence[str] | None = None) -> int:
-    """Runs the cells that a script needs and that are missing, and prints its tables.
-
-    Returns the exit status: see `exit_status`.
-    """
-    return exit_status(lambda: _run_script(script, argv))
+    """Runs the missing cells of a script and prints its tables; returns the exit status."""
+    return run_resumable(lambda: _run_script(script, argv))
 
 
-def exit_status(command: Callable[[], bool]) -> int:
-    """Runs a command, and reports its errors in one line each.
+def run_resumable(command: Callable[[], bool]) -> int:
+    """Runs a command that resumes when it is run again; returns its exit status.
 
-    command: returns whether no cell failed.
+    command: returns whether everything succeeded.
 
-    Returns 0 where it is done, 1 where a cell failed or it was stopped, 2 where the input is wrong.
+    The status is 0 if it did, 1 if something failed or the command was stopped, and 2 if the input
+    is wrong; errors of the user or the disk are reported in one line.
     """
     logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stdout, force=True)
-    try:
-        sound = command()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except PreemptedError as stop:
-        print(f"{stop}; run the same command to resume", file=sys.stderr)
-        return 1
-    return 0 if sound else 1
+
+    def run() -> int:
+        try:
+            return 0 if command() else 1
+        except PreemptedError as stop:
+            print(f"{stop}; {_RESUMES}", file=sys.stderr)
+            return 1
+
+    return run_command(run, _RESUMES)
 
 
 def _run_script(script: Script, argv: Sequence[str] | None) -> bool:
-    made = parser(script.doc, script.name)
-    for flag, how in script.arguments.items():
-        made.add_argument(flag, **how)
-    options = made.parse_args(argv)
+    parser = make_parser(script.doc, script.name)
+    for flag, keywords in script.arguments.items():
+        parser.add_argument(flag, **keywords)
+    options = parser.parse_args(argv)
     options.output = options.output or default_output(options)
-    # Of an output its own: cells of other options have the same names.
+    # Each output has its own, since cells with other options have the same names.
     options.workdir = options.workdir or Path("runs/experiments") / options.output.name
     cells = script.cells(options)
-    refuse_twins(cells)
+    check_distinct_runs(cells)
     if options.list:
         _print_states(options, cells)
         return True
-    load(options.output, script.cells(with_finished_tasks(options)))  # refuses before hours
-    sound = options.render_only or run_cells(cells, options)
-    whole = with_finished_tasks(options)
-    records = load(options.output, script.cells(whole))
+    # Records of another configuration are refused before hours of training, not after.
+    load_records(options.output, script.cells(with_finished_tasks(options)))
+    succeeded = options.render_only or run_cells(cells, options)
+    shown = with_finished_tasks(options)
+    records = load_records(options.output, script.cells(shown))
     if script.measurements and not options.render_only:
-        script.measurements(whole, records)
-    sections = signed(script.sections(whole, records), whole, script.name, records)
+        script.measurements(shown, records)
+    sections = add_provenance(script.sections(shown, records), shown, script.name, records)
     write_figures(options.output, sections)
     for section in sections:
-        print(markdown(section))
-    return sound
+        print(section_markdown(section))
+    return succeeded
 
 
-def refuse_twins(cells: Iterable[Cell]) -> None:
-    """Raises UserError where two cells of different names are the same run.
+def check_distinct_runs(cells: Iterable[Cell]) -> None:
+    """Raises UserError if two cells with different names have the same config.
 
-    So it is where the options set for all what a script means to compare: a table of them would
-    call the same numbers by two names.
+    This happens if an option sets, for all cells, a key that the script varies between cells.
     """
-    seen: dict[str, str] = {}
-    for one in cells:
-        twin = seen.setdefault(json.dumps(identity(one.config), sort_keys=True), one.name)
-        if twin != one.name:
+    names: dict[str, str] = {}  # by config
+    for cell in cells:
+        first = names.setdefault(json.dumps(identity(cell.config), sort_keys=True), cell.name)
+        if first != cell.name:
             raise UserError(
-                f"with these options {one.name} is the same run as {twin}: leave out the --set or "
-                "--preset that sets for all what is compared here"
+                f"with these options {cell.name} is the same run as {first}: remove the --set or "
+                "--preset that sets a key which this script varies"
             )
 
 
-def load(output: Path, cells: Iterable[Cell]) -> dict[str, Record]:
-    """Returns the records of those of the cells that are finished, by name.
+def load_records(output: Path, cells: Iterable[Cell]) -> dict[str, Record]:
+    """Returns the records of the finished cells among `cells`, by name.
 
-    Raises UserError for a record that was made with another configuration, or with other rows than
-    those of another cell of its task.
+    Raises UserError if a record has another configuration than its cell, or if records of one task
+    have different rows.
     """
-    records = read_study(output)[0]
-    found = {one.name: records[one.name] for one in cells if one.name in records}
-    for one in cells:
-        if one.name in found:
-            _check_config(output, one, found[one.name])
-    _check_data(output, found)
-    return found
+    study = read_study(output)[0]
+    records = {cell.name: study[cell.name] for cell in cells if cell.name in study}
+    for cell in cells:
+        if cell.name in records:
+            _check_config(output, cell, records[cell.name])
+    _check_data(output, records)
+    return records
 
 
-def _check_config(output: Path, one: Cell, record: Record) -> None:
-    # What a key was before there was one; pooling had no other value then.
-    theirs = identity(Config()) | {"pooling": "first"} | dict(record.config)
-    ours = identity(one.config)
-    differing = [k for k in ours if theirs[k] != ours[k]]
+def _check_config(output: Path, cell: Cell, record: Record) -> None:
+    # An old record lacks newer keys, which had their defaults; pooling was always "first".
+    recorded = identity(Config()) | {"pooling": "first"} | dict(record.config)
+    expected = identity(cell.config)
+    differing = [key for key in expected if recorded[key] != expected[key]]
     if differing:
+        key = differing[0]
         raise UserError(
-            f"{one.name} in {str(output)!r} was made with {differing[0]} {theirs[differing[0]]!r}, "
-            f"not {ours[differing[0]]!r}: give the same options, or another --output"
+            f"{cell.name} in {str(output)!r} was made with {key} {recorded[key]!r}, "
+            f"not {expected[key]!r}: use the same options, or another --output"
         )
 
 
 def _check_data(output: Path, records: Records) -> None:
-    data: dict[str, tuple[str, str]] = {}  # by task
+    digests: dict[str, tuple[str, str]] = {}  # by task, with the name of its first cell
     for name, record in records.items():
-        if digest := record.data_sha256:  # an old record has none
-            known, first = data.setdefault(record.config["task"], (digest, name))
-            if known != digest:
-                raise UserError(
-                    f"{name} in {str(output)!r} was made with other rows of "
-                    f"{record.config['task']} than {first}: give another --output for the cells "
-                    "whose --data_dir was another"
-                )
+        if not record.data_sha256:  # an old record
+            continue
+        task = record.config["task"]
+        digest, first = digests.setdefault(task, (record.data_sha256, name))
+        if record.data_sha256 != digest:
+            raise UserError(
+                f"{name} in {str(output)!r} was made with other rows of {task} than {first}: use "
+                "another --output for each --data_dir"
+            )
 
 
 def run_cells(cells: Sequence[Cell], options: Options) -> bool:
-    """Runs the cells that are missing, the longest first; returns whether none failed.
+    """Runs the missing cells, the most expensive first; returns whether all cells are done.
 
     Raises:
-      UserError: another process writes to the same output, or there is no such cluster.
-      PreemptedError: SIGTERM came.
+      UserError: another process writes to the same output, or the cluster cannot be reached.
+      PreemptedError: SIGTERM was received.
 
     """
     with (
@@ -178,90 +181,94 @@ def run_cells(cells: Sequence[Cell], options: Options) -> bool:
         lock_directory(options.workdir, "--workdir"),
     ):
         study = read_study(options.output)[0]
-        _record(cells, study, options)  # those whose command was killed before it could
+        _record(cells, study, options)  # of a command that was killed before it could
         states = _states(options, cells, study)
         manifest = options.workdir / "manifest.json"
         write_json(manifest, states)
-        for one in cells:
-            if states[one.name]["state"] == "failed":
-                why = states[one.name]["error"]
-                print(f"{one.name} failed before: {why} (--retry runs it again)", file=sys.stderr)
-        left = [c for c in cells if states[c.name]["state"] == "missing"]
-        left.sort(key=lambda c: -c.work)
-        engine = cluster.run if options.engine == "ray" and left else _run_here
-        with contextlib.closing(engine(left, options)) as ended:
-            for one, state in ended:
+        for cell in cells:
+            if states[cell.name]["state"] == "failed":
+                error = states[cell.name]["error"]
+                print(
+                    f"{cell.name} failed before: {error} (--retry runs it again)", file=sys.stderr
+                )
+        missing = [cell for cell in cells if states[cell.name]["state"] == "missing"]
+        missing.sort(key=lambda cell: -cell.work)
+        run = cluster.run if options.engine == "ray" and missing else _run_locally
+        with contextlib.closing(run(missing, options)) as ended:
+            for cell, state in ended:
                 if state["state"] == "failed":
-                    print(f"{one.name} failed: {state['error']}", file=sys.stderr)
+                    print(f"{cell.name} failed: {state['error']}", file=sys.stderr)
                     print(state.pop("traceback", ""), file=sys.stderr, end="")
-                states[one.name] = state
-                _record([one], study, options)
+                states[cell.name] = state
+                _record([cell], study, options)
                 write_json(manifest, states)
-    return all(states[c.name]["state"] == "done" for c in cells)
+    return all(states[cell.name]["state"] == "done" for cell in cells)
 
 
-def _run_here(
+def _run_locally(
     cells: Sequence[Cell], options: Options
 ) -> Generator[tuple[Cell, dict[str, Any]], None, None]:
     """Runs the cells one after the other in this process; yields each with its state."""
     began, total, worked = time.monotonic(), sum(c.work for c in cells), 0.0
-    for number, one in enumerate(cells, start=1):
+    for number, cell in enumerate(cells, start=1):
         rest = time_left(time.monotonic() - began, worked, total)
-        print(f"[{number}/{len(cells)}] {one.name}{rest}", flush=True)
-        yield one, run_cell(one, options.workdir)
-        worked += one.work
+        print(f"[{number}/{len(cells)}] {cell.name}{rest}", flush=True)
+        yield cell, run_cell(cell, options.workdir)
+        worked += cell.work
 
 
 def _record(cells: Iterable[Cell], study: dict[str, Record], options: Options) -> None:
-    """Adds to the study the cells that are finished in the workdir and not yet in it."""
-    new = [c for c in cells if c.name not in study and is_finished(options.workdir, c.name)]
-    for one in new:
-        record = measure(outputs_folder(options.workdir, one.name))
-        _check_config(options.workdir, one, record)
-        study[one.name] = record
+    """Adds the cells that are finished in --workdir to the study, and writes it if it changed."""
+    new = [
+        cell for cell in cells if cell.name not in study and is_finished(options.workdir, cell.name)
+    ]
+    for cell in new:
+        record = measure(outputs_folder(options.workdir, cell.name))
+        _check_config(options.workdir, cell, record)
+        study[cell.name] = record
     if new:
-        write_study(options.output, study, shared_words(options))
+        write_study(options.output, study, shared_arguments(options))
 
 
 def with_finished_tasks(options: Options) -> Options:
-    """Returns the options with every task that the output has a cell of, the chosen ones first.
+    """Returns the options with the chosen tasks, then the others that --output has cells of.
 
-    What is rendered replaces what stood there: a task run on its own must not take the others out.
+    A figure replaces the previous one, so a command for one task must not lose the other tasks.
     """
-    done = {record.config["task"] for record in read_study(options.output)[0].values()}
+    finished = {record.config["task"] for record in read_study(options.output)[0].values()}
     tasks = list(chosen_tasks(options))
-    tasks += [task for task in GLUE if task in done and task not in tasks]
+    tasks += [task for task in GLUE if task in finished and task not in tasks]
     return argparse.Namespace(**{**vars(options), "tasks": ",".join(tasks)})
 
 
 def study_options(output: Path) -> Options:
-    """Returns the options that a study's cells were made with, and the tasks it has cells of."""
-    records, words = read_study(output)
-    done = {record.config["task"] for record in records.values()}
-    options = parser().parse_args(words)
+    """Returns the options of a study's cells, with the tasks that it has cells of."""
+    records, arguments = read_study(output)
+    finished = {record.config["task"] for record in records.values()}
+    options = make_parser().parse_args(arguments)
     options.output = output
-    options.tasks = ",".join(task for task in options.tasks.split(",") if task in done)
+    options.tasks = ",".join(task for task in options.tasks.split(",") if task in finished)
     return with_finished_tasks(options)
 
 
 def _states(
     options: Options, cells: Iterable[Cell], study: Mapping[str, Record]
 ) -> dict[str, dict[str, Any]]:
-    """Returns the manifest, with every cell of `cells`: the records say what is done."""
+    """Returns the manifest, with the state of each of `cells` according to the records."""
     path = options.workdir / "manifest.json"
     states = json.loads(path.read_text()) if path.exists() else {}
-    for one in cells:
-        known = states.get(one.name, {"state": "missing"})
+    for cell in cells:
+        known = states.get(cell.name, {"state": "missing"})
         failed = known["state"] == "failed" and not options.retry
-        done = one.name in study or is_finished(options.workdir, one.name)
+        done = cell.name in study or is_finished(options.workdir, cell.name)
         state = "done" if done else "failed" if failed else "missing"
-        states[one.name] = known | {"state": state}
+        states[cell.name] = known | {"state": state}
     return states
 
 
 def _print_states(options: Options, cells: Sequence[Cell]) -> None:
-    states = _states(options, cells, load(options.output, cells))
-    for one in cells:
-        known = states[one.name]
-        why = known["error"] if known["state"] == "failed" else ""
-        print(f"{known['state']:>8}  {one.name}  {why}".rstrip())
+    states = _states(options, cells, load_records(options.output, cells))
+    for cell in cells:
+        known = states[cell.name]
+        error = known["error"] if known["state"] == "failed" else ""
+        print(f"{known['state']:>8}  {cell.name}  {error}".rstrip())

@@ -1,16 +1,17 @@
-"""The methods with fewer and more training rows.
+"""Compares the methods with fewer and more training rows; makes figure 8 of the SWEET paper.
 
   python -m experiments.sizes --model=minilm-l6 --tasks=sst2 --sizes=500,1500 --data_dir=DIR
 
-The SWEET paper's figure 8: speed-accuracy curves for each training size, a panel a size (the
-paper's are on MNLI, up to 400,000 rows). In another figure a point is an area, the mean score under
-the exact curve between the first exit's cost and the full model's (the same range for all methods),
-with its 95% interval over seeds; differences are given by grid area too (`grid_areas`: the same
-under the paper's 11 thresholds). The full training subset is the cell of experiments.individual.
-Cost: of a size its share of what experiments.individual costs. Expected: SWEET gains on Early-Exit
-where rows are few. Seen with MiniLM on SST-2 (one rate, 3 seeds): it is ahead by 5.8 ± 2.7 points
-with 3,000 rows and behind by 2.6 ± 2.4 with 6,000; with 500 and 1,500 it is not told apart (+6.9 ±
-11.1, +5.0 ± 5.9).
+Figure 8 has speed-accuracy curves, one panel for each number of training rows. (The paper's are on
+MNLI, with up to 400,000 rows.) Another figure has areas with their 95% intervals over seeds: the
+mean score under the exact curve between the first exit's cost and the full model's, the same range
+for all methods. Differences are also given as grid areas, the same under the curve of the paper's
+11 thresholds. The largest size is the cell of experiments.individual.
+
+Cost: for each size, its share of the cost of experiments.individual. Expected: SWEET gains on
+Early-Exit with few rows. Found with MiniLM on SST-2 (one rate, 3 seeds): SWEET is ahead by 5.8 ±
+2.7 points with 3,000 rows and behind by 2.6 ± 2.4 with 6,000. With 500 and 1,500 rows, the
+differences are not significant (+6.9 ± 11.1 and +5.0 ± 5.9).
 """
 
 import argparse
@@ -28,12 +29,12 @@ from experiments.comparison import (
     areas_to_full,
     common_seeds,
     grid_areas,
-    interval,
-    paired,
+    paired_differences,
 )
-from experiments.curves import COLOURS, at_costs, curve_rows, draw
-from experiments.options import cell, chosen_methods, chosen_tasks, method_cells, settings
-from experiments.rendering import Section, legend, panels
+from experiments.comparison_tables import format_interval
+from experiments.curves import COLOURS, Panel, curve_section
+from experiments.options import chosen_methods, chosen_tasks, config_values, make_cell, method_cells
+from experiments.rendering import Section, add_legend, subplots
 from experiments.runner import Script, main
 from sweet_jax.config import Config, split_names
 from sweet_jax.errors import UserError
@@ -43,30 +44,33 @@ SIZES = "500,1500,3000"
 _AREAS = {"area": areas_to_full, "grid area": grid_areas}
 
 
-def _full(options: argparse.Namespace) -> int:
-    return int(settings(options).get("train_size", Config.train_size))
+def _full_size(options: argparse.Namespace) -> int:
+    """Returns the largest number of training rows, that of experiments.individual."""
+    return int(config_values(options).get("train_size", Config.train_size))
 
 
 def _sizes(options: argparse.Namespace) -> list[int]:
-    """Returns the sizes below the full subset, ascending."""
-    full = _full(options)
+    """Returns the sizes of --sizes below the largest one, ascending."""
+    full = _full_size(options)
     try:
         return sorted({size for text in split_names(options.sizes) if (size := int(text)) < full})
     except ValueError as error:
-        raise UserError(f"--sizes must be whole numbers; got {options.sizes!r}") from error
+        raise UserError(
+            f"--sizes must be whole numbers separated by commas; got {options.sizes!r}"
+        ) from error
 
 
 def recorded(records: Records) -> str:
-    """Returns the sizes that a study has cells of, as the option has them."""
-    found = {name.rpartition("-train_size-")[2] for name in records if "-train_size-" in name}
-    return ",".join(sorted(found, key=int)) or SIZES
+    """Returns the sizes that a study has cells of, in the format of --sizes."""
+    sizes = {name.rpartition("-train_size-")[2] for name in records if "-train_size-" in name}
+    return ",".join(sorted(sizes, key=int)) or SIZES
 
 
 def cells(options: argparse.Namespace) -> list[Cell]:
-    """Returns a cell for every task, method and size, the full subset among them."""
+    """Returns a cell for every task, method and size, including the largest."""
     methods = chosen_methods(options)
     return method_cells(options) + [
-        cell(options, task, method, train_size=size)
+        make_cell(options, task, method, train_size=size)
         for task in chosen_tasks(options)
         for method in methods
         for size in _sizes(options)
@@ -74,42 +78,42 @@ def cells(options: argparse.Namespace) -> list[Cell]:
 
 
 def sections(options: argparse.Namespace, records: Records) -> list[Section]:
-    """Returns areas and curves by training rows, and the differences between methods."""
+    """Returns areas, curves and differences between methods by number of training rows."""
     return [_areas(options, records), _curves(options, records), _differences(options, records)]
 
 
 def _areas(options: argparse.Namespace, records: Records) -> Section:
     tasks = chosen_tasks(options)
-    figure, axes = panels(len(tasks))
-    full = _full(options)
+    figure, axes = subplots(len(tasks))
+    full = _full_size(options)
     rows = []
-    for task, one in zip(tasks, axes, strict=True):
+    for task, axis in zip(tasks, axes, strict=True):
         for method, title in paper.NAMES.items():
             points = _points(options, records, task, method)
-            found = {s: areas_to_full(r) for s, r in points.items() if r is not None}
-            if not found.keys() - {full}:  # the main grid's cell alone is no curve
+            areas = {s: areas_to_full(r) for s, r in points.items() if r is not None}
+            if not areas.keys() - {full}:  # the largest size alone is no curve
                 continue
-            # A task may have fewer rows than asked for; a size not done yet breaks the line.
+            # A task may have fewer rows than a size; a size that is not done breaks the line.
             counts = [s if r is None else _rows(r) for s, r in points.items()]
-            statistics = [mean_interval(found.get(s, np.full(1, np.nan))) for s in points]
+            statistics = [mean_interval(areas.get(s, np.full(1, np.nan))) for s in points]
             bars = [0.0 if half is None else float(half) for _, half in statistics]
             means = [float(mean) for mean, _ in statistics]
-            one.errorbar(counts, means, bars, fmt="o-", ms=3, color=COLOURS[method], label=title)
-            one.set_xscale("log")
-            one.set_xticks(counts, [f"{n:,}" for n in counts])
-            texts = {s: interval(a) for s, a in found.items()}
+            axis.errorbar(counts, means, bars, fmt="o-", ms=3, color=COLOURS[method], label=title)
+            axis.set_xscale("log")
+            axis.set_xticks(counts, [f"{n:,}" for n in counts])
+            texts = {s: format_interval(area) for s, area in areas.items()}
             rows.append([task, title, *(texts.get(s, "") for s in (*_sizes(options), full))])
-        one.minorticks_off()
-        one.set_title(task)
-        one.set_xlabel("training rows")
-        one.set_ylabel("area (%)")
-    legend(axes)
+        axis.minorticks_off()
+        axis.set_title(task)
+        axis.set_xlabel("training rows")
+        axis.set_ylabel("area (%)")
+    add_legend(axes)
     return Section(
         "sizes",
         f"Training sizes, {options.model}",
         "Area in per cent, mean and 95% interval over seeds: the mean score under the exact curve, "
         "of all thresholds, between the first exit's cost and the full model's. A tenth of the "
-        "rows calibrates. Of a task that has fewer the largest size is all there is.",
+        "rows is for calibration. If a task has fewer rows, its largest size has all of them.",
         ("task", "method", *(f"{s} rows" for s in (*_sizes(options), full))),
         rows,
         figure if rows else None,
@@ -117,55 +121,49 @@ def _areas(options: argparse.Namespace, records: Records) -> Section:
 
 
 def _curves(options: argparse.Namespace, records: Records) -> Section:
-    """Returns the speed-accuracy curves of the methods, a panel for each task and size."""
-    shown = []
+    """Returns the speed-accuracy curves of the methods, one panel for each task and size."""
+    panels = []
     for task in chosen_tasks(options):
         by_rows: dict[int, dict[str, Record]] = {}  # sizes above a task's own rows are the same
         for method in paper.NAMES:
             for record in filter(None, _points(options, records, task, method).values()):
                 by_rows.setdefault(_rows(record), {})[method] = record
         if len(by_rows) < 2:
-            continue  # the main grid's cells alone are curves already
-        for rows, found in sorted(by_rows.items()):
-            metric = next(iter(found.values())).metric
-            curves = {method: at_costs(record) for method, record in found.items()}
-            shown.append((f"{task}, {rows:,} rows", curves, metric))
-    figure, axes = panels(len(shown))
-    costs = sorted({c for _, curves, _ in shown for x, _ in curves.values() for c in x.tolist()})
-    for axis, (title, curves, metric) in zip(axes, shown, strict=True):
-        draw(axis, curves, title, metric)
-    legend(axes)
-    return Section(
+            continue  # the curves of the largest size alone are in experiments.curves
+        for rows, by_method in sorted(by_rows.items()):
+            panels.append(Panel.of_records(f"{task}, {rows:,} rows", by_method))
+    return curve_section(
         "sizes-curves",
         f"Speed-accuracy curves by training size, {options.model} (figure 8)",
-        "Score in per cent at set costs, mean and 95% interval over seeds, read between 11 "
-        "thresholds as the paper's figure is; that is on MNLI, up to 400,000 rows.",
-        ("task, size", "method", *(f"cost {c:.3g}" for c in costs)),
-        [row for title, curves, _ in shown for row in curve_rows(title, curves, costs)],
-        figure if shown else None,
+        "Score in per cent at some costs, mean and 95% interval over seeds, interpolated between "
+        "11 thresholds like the paper's figure, which is on MNLI with up to 400,000 rows.",
+        "task, size",
+        panels,
     )
 
 
 def _differences(options: argparse.Namespace, records: Records) -> Section:
-    """Areas and grid areas, paired by seed: each cell at the rate that it chose."""
-    sizes = (*_sizes(options), _full(options))
+    """Returns the differences of areas and grid areas, paired by seed, at the chosen rates."""
+    sizes = (*_sizes(options), _full_size(options))
     rows: list[list[str]] = []
-    for (one, other), task in itertools.product(paper.PAIRS, chosen_tasks(options)):
-        ours, theirs = (_points(options, records, task, method) for method in (one, other))
+    for (first, second), task in itertools.product(paper.PAIRS, chosen_tasks(options)):
+        points = [_points(options, records, task, method) for method in (first, second)]
         for name, of in _AREAS.items():
             gaps = []
             for size in sizes:
-                pair = [r for r in (ours[size], theirs[size]) if r is not None]
-                known = len(pair) == 2 and common_seeds(pair)
-                gaps.append(interval(paired(pair, of), sign=True) if known else "")
-            if any(gaps[:-1]):  # the main grid's cells alone are no curve
-                rows.append([f"{paper.NAMES[one]} - {paper.NAMES[other]}", task, name, *gaps])
+                pair = [record for p in points if (record := p[size]) is not None]
+                comparable = len(pair) == 2 and common_seeds(pair)
+                gaps.append(
+                    format_interval(paired_differences(pair, of), sign=True) if comparable else ""
+                )
+            if any(gaps[:-1]):  # more than the largest size
+                rows.append([f"{paper.NAMES[first]} - {paper.NAMES[second]}", task, name, *gaps])
     return Section(
         "sizes-differences",
         f"Differences between methods by training size, {options.model}",
-        "Points, paired by seed, mean and 95% interval over seeds (Student), in bold where it "
-        "leaves out zero. Area: as above. Grid area: over the same costs under the paper's curve, "
-        "with straight lines between 11 thresholds.",
+        "Points, paired by seed: mean and 95% interval over seeds (Student), bold if it excludes "
+        "zero. Area: as above. Grid area: the same under the paper's curve, which is interpolated "
+        "linearly between 11 thresholds.",
         ("difference", "task", "of", *(f"{s} rows" for s in sizes)),
         rows,
     )
@@ -174,12 +172,13 @@ def _differences(options: argparse.Namespace, records: Records) -> Section:
 def _points(
     options: argparse.Namespace, records: Records, task: str, method: str
 ) -> dict[int, Record | None]:
-    """Returns the cells of a task and method by training size, None where one is not done."""
+    """Returns the records of a task and method by training size, None if not done."""
     points = {s: records.get(f"{task}-{method}-train_size-{s}") for s in _sizes(options)}
-    return points | {_full(options): records.get(f"{task}-{method}")}
+    return points | {_full_size(options): records.get(f"{task}-{method}")}
 
 
 def _rows(record: Record) -> int:
+    """Returns the number of rows of a cell that are not validation rows."""
     n = record.n
     return n["train"] + (n["calibration"] if record.fitted_on == "held_out" else 0)
 
@@ -187,7 +186,7 @@ def _rows(record: Record) -> int:
 ARGUMENTS = {
     "--sizes": {
         "default": SIZES,
-        "help": "training rows, of which those below the full subset's are run; "
+        "help": "numbers of training rows; only those below --train_size are run; "
         "default: %(default)s",
     }
 }

@@ -1,16 +1,15 @@
-"""Tables that the README and the documentation quote, made of the records of several studies.
+"""Writes the tables of the README and the documentation from the records of the studies.
 
-A Markdown file marks where such a table stands:
+`python -m experiments.render` writes a table between two marks in a Markdown file:
 
   <!-- table: sst2-2000 -->
   ...
   <!-- /table -->
 
-and `python -m experiments.render` writes what lies between. Per cent, mean and 95% interval over
-seeds; differences paired by seed, in bold where the interval leaves out zero.
+Values are in per cent, with the mean and the 95% interval over seeds; differences are paired by
+seed, and bold if the interval excludes zero.
 """
 
-import dataclasses
 import functools
 import itertools
 import re
@@ -28,84 +27,40 @@ from experiments import (
     read_outs,
     sizes,
 )
-from experiments.comparison import (
-    Record,
-    areas,
-    exit_scores,
-    exits_and_area,
-    interval,
-    paired,
-    scores_at,
-    texts,
-)
-from experiments.options import cell, parser
-from experiments.panel_statistics import Found, load
+from experiments.comparison import Record, areas, exit_scores, exits_and_area, scores_at
+from experiments.options import make_cell, make_parser
+from experiments.panel_statistics import ScoresByCell, load_scores
 from experiments.records import exact_costs, read_study
 from experiments.rendering import table_lines
+from experiments.studies import Row, Studies
 from sweet_jax.errors import UserError
 from sweet_jax.files import write_text
 
 EXITS = (1, 2, 4, 6)
 COSTS = exact_costs(EXITS)
 _SMALL, _LARGE = "SST-2, 2,000 rows", "SST-2, 6,000 rows"
-_BOTH = "minilm-l6-6000-1e-4"  # the study of CoLA and MRPC
+_COLA_MRPC = "minilm-l6-6000-1e-4"  # the study of CoLA and MRPC
 _RELEASED = "-pooler-shared-clipping-global"
 _BLOCK = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- /table -->)", re.DOTALL)
 
-Of = Callable[[Record], np.ndarray]
 Table = tuple[Sequence[str], list[list[str]]]  # header, rows
 
 
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """One row: a cell's scores; or of two cells the difference, of four that of the differences.
-
-    Attributes:
-      label: the first column.
-      study: folder of the cells.
-      cells: their names.
-
-    """
-
-    label: str
-    study: str
-    cells: tuple[str, ...]
-
-
-class Studies:
-    """The records of the studies in a folder, each read when it is first asked for."""
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-        self._read = functools.cache(lambda study: read_study(folder / study)[0])
-
-    def records(self, row: Row) -> list[Record]:
-        """Returns the records of a row's cells; none unless all are finished."""
-        found = self._read(row.study)
-        return [found[name] for name in row.cells] if set(row.cells) <= set(found) else []
-
-    def values(self, row: Row, of: Of) -> list[str]:
-        """Returns of(record) of a row's cell, or the difference of its cells, as text."""
-        records = self.records(row)
-        if len(records) == 1:
-            return texts(records[0], of)
-        return [interval(gap, sign=True) for gap in paired(records, of).T]
-
-    def lines(self, rows: Iterable[Row], of: Of) -> list[list[str]]:
-        """Returns label and values of those of the rows whose cells are finished."""
-        return [[row.label, *self.values(row, of)] for row in rows if self.records(row)]
-
-
 def methods(studies: Studies, study: str) -> list[list[str]]:
-    """Returns SST-2's exits by method, and the differences between methods."""
+    """Returns the scores of the exits on SST-2 by method, and the differences between methods."""
     alone = [Row(title, study, (f"sst2-{m}",)) for m, title in paper.NAMES.items()]
     return studies.lines([*alone, *_pairs(study)], exit_scores)
 
 
-def _pairs(study: str) -> list[Row]:
+def _pairs(study: str, task: str = "sst2") -> list[Row]:
+    """Returns the rows of the differences between methods."""
     return [
-        Row(f"{paper.NAMES[one]} - {paper.NAMES[other]}", study, (f"sst2-{one}", f"sst2-{other}"))
-        for one, other in paper.PAIRS
+        Row(
+            f"{paper.NAMES[first]} - {paper.NAMES[second]}",
+            study,
+            (f"{task}-{first}", f"{task}-{second}"),
+        )
+        for first, second in paper.PAIRS
     ]
 
 
@@ -114,20 +69,20 @@ def _exits(*more: str) -> list[str]:
 
 
 def both_sizes(studies: Studies) -> Table:
-    """Returns SST-2's exits with 2,000 and 6,000 rows side by side."""
+    """Returns the scores of the exits on SST-2, with 2,000 and 6,000 rows side by side."""
     columns = [methods(studies, study) for study in ("minilm-l6", "minilm-l6-6000")]
     header = ["SST-2", *(f"{e}, {n}" for n in ("2,000", "6,000") for e in _exits())]
     return header, [[*small, *large[1:]] for small, large in zip(*columns, strict=True)]
 
 
 def cost_table(studies: Studies, study: str, title: str) -> Table:
-    """Returns SST-2's differences between methods at the same cost, of the exact curves."""
+    """Returns the differences between methods on SST-2 at the same cost, from exact curves."""
     rows = studies.lines(_pairs(study), functools.partial(scores_at, COSTS))
     return [title, *(f"cost {c:.2g}" for c in COSTS)], rows
 
 
 def table(studies: Studies, title: str, rows: Iterable[Row]) -> Table:
-    """Returns the exits and the area of any rows."""
+    """Returns the scores of the exits and the areas of rows."""
     return [title, *_exits("area")], studies.lines(rows, exits_and_area)
 
 
@@ -135,23 +90,22 @@ def cola_mrpc() -> Iterable[Row]:
     """Yields Early-Exit, SWEET and their difference on both tasks."""
     for task, name in (("cola", "CoLA"), ("mrpc", "MRPC")):
         for method in ("early_exit", "sweet"):
-            yield Row(f"{name}, {paper.NAMES[method]}", _BOTH, (f"{task}-{method}",))
-        yield Row(f"{name}, SWEET - Early-Exit", _BOTH, (f"{task}-sweet", f"{task}-early_exit"))
+            yield Row(f"{name}, {paper.NAMES[method]}", _COLA_MRPC, (f"{task}-{method}",))
+        yield Row(
+            f"{name}, SWEET - Early-Exit", _COLA_MRPC, (f"{task}-sweet", f"{task}-early_exit")
+        )
 
 
 def base_size(studies: Studies) -> Table:
-    """Returns the exits and the area of MPNet-base on CoLA, by method, and the differences."""
-    cells = {m: f"cola-{m}" for m in paper.NAMES}
-    rows = [Row(title, "mpnet-base", (cells[m],)) for m, title in paper.NAMES.items()]
-    for one, other in paper.PAIRS:
-        label = f"{paper.NAMES[one]} - {paper.NAMES[other]}"
-        rows.append(Row(label, "mpnet-base", (cells[one], cells[other])))
+    """Returns the scores of the exits and the areas of MPNet-base on CoLA, and the differences."""
+    rows = [Row(title, "mpnet-base", (f"cola-{m}",)) for m, title in paper.NAMES.items()]
+    rows += _pairs("mpnet-base", "cola")
     header = ["CoLA, MPNet-base", *(f"exit {e}" for e in (1, 4, 6, 12)), "area"]
     return header, studies.lines(rows, exits_and_area)
 
 
 def ablation_rows(study: str, task: str, prefix: str = "") -> Iterable[Row]:
-    """Yields the combinations of pooler and clipping, and what the release adds."""
+    """Yields the combinations of pooler and clipping, and the effect of the release's."""
     settings = {
         "pooler and norm per exit": "",
         "shared pooler": "-pooler-shared",
@@ -159,8 +113,8 @@ def ablation_rows(study: str, task: str, prefix: str = "") -> Iterable[Row]:
         "both, as released": _RELEASED,
     }
     for method, title in (("early_exit", "Early-Exit"), ("sweet", "SWEET")):
-        for what, setting in settings.items():
-            yield Row(f"{prefix}{title}, {what}", study, (f"{task}-{method}{setting}",))
+        for label, setting in settings.items():
+            yield Row(f"{prefix}{title}, {label}", study, (f"{task}-{method}{setting}",))
     gap = (f"{task}-sweet", f"{task}-early_exit")
     released = tuple(f"{name}{_RELEASED}" for name in gap)
     yield Row(f"{prefix}SWEET - Early-Exit, as released", study, released)
@@ -172,34 +126,35 @@ def ablation_rows(study: str, task: str, prefix: str = "") -> Iterable[Row]:
 
 
 def isolation_table(studies: Studies, study: str, tasks: Mapping[str, str], title: str) -> Table:
-    """Returns every setting of isolation, and its area less that of either end.
+    """Returns every setting of isolation, and the differences of its area from the two ends.
 
-    tasks: what stands before a row's label, by task. A row names its learning rate where the first
-    row has another.
+    A row names its learning rate if it differs from the first row's.
+
+    tasks: prefixes of the labels, by task.
     """
-    options, rates, lines = parser().parse_args([]), [], []
+    options, rates, lines = make_parser().parse_args([]), [], []
     for (task, prefix), (label, method, changes) in itertools.product(
         tasks.items(), isolation.SETTINGS
     ):
-        name = cell(options, task, method, **changes).name
+        name = make_cell(options, task, method, **changes).name
         row = Row(f"{prefix}{label}", study, (name,))
         for record in studies.records(row):
             rates.append(record.learning_rate)
             at = f" (at {rates[-1]:g})" if rates[-1] != rates[0] else ""
-            found = [row.label + at, *studies.values(row, exits_and_area)]
+            line = [row.label + at, *studies.values(row, exits_and_area)]
             for end in (f"{task}-early_exit", f"{task}-sweet"):
                 gap = Row("", study, (name, end))
-                found += [""] if name == end else studies.values(gap, _one_area)
-            lines.append(found)
+                line += [""] if name == end else studies.values(gap, _area_column)
+            lines.append(line)
     return [title, *_exits("area", "area - Early-Exit's", "area - SWEET's")], lines
 
 
-def _one_area(record: Record) -> np.ndarray:
+def _area_column(record: Record) -> np.ndarray:
     return areas(record)[:, None]  # [S, 1]
 
 
 def size_exits(studies: Studies) -> Table:
-    """Returns SWEET - Early-Exit on SST-2, exit by exit, by training rows."""
+    """Returns SWEET - Early-Exit at every exit on SST-2, by number of training rows."""
     rows = [
         Row(
             f"{size:,} rows",
@@ -212,30 +167,30 @@ def size_exits(studies: Studies) -> Table:
 
 
 def size_areas(studies: Studies) -> Table:
-    """Returns the areas by training rows, and the differences from Early-Exit's."""
+    """Returns the areas by number of training rows, and SWEET's differences from the others."""
     output = studies.folder / "minilm-l6-6000"
-    records, words = read_study(output)
-    options = parser().parse_args([*words, "--tasks=sst2"])
+    records, arguments = read_study(output)
+    options = make_parser().parse_args([*arguments, "--tasks=sst2"])
     options.sizes = sizes.recorded(records)
-    shown, _, gaps = sizes.sections(options, records)
-    rows = [[row[1], *row[2:]] for row in shown.rows]
+    areas, _, gaps = sizes.sections(options, records)
+    rows = [[row[1], *row[2:]] for row in areas.rows]
     rows += [[f"{row[0]}, {row[2]}", *row[3:]] for row in gaps.rows if row[0].startswith("SWEET")]
-    return ["area", *shown.header[2:]], rows
+    return ["area", *areas.header[2:]], rows
 
 
 def pcee_sst2(studies: Studies) -> Table:
-    """Returns the errors of control on SST-2 by rule and method, and SWEET's bias and cost."""
-    options = parser().parse_args([f"--output={studies.folder / 'minilm-l6'}"])
+    """Returns the rules' errors on SST-2 by method, and SWEET's signed errors and costs."""
+    options = make_parser().parse_args([f"--output={studies.folder / 'minilm-l6'}"])
     section = pcee_control.sections(options, {})[0]
     columns = [f"{title}: error" for title in paper.NAMES.values()]
-    columns += ["SWEET: achieved - asked", "SWEET: cost"]
+    columns += ["SWEET: achieved - target", "SWEET: cost"]
     places = [section.header.index(column) for column in columns]
     rows = [[row[1], *(row[i] for i in places)] for row in section.rows if row[0] == "sst2"]
     return ["SST-2, points", *columns], rows
 
 
-def _panel(studies: Studies) -> Found:
-    return load(studies.folder / "panel")[0]
+def _panel(studies: Studies) -> ScoresByCell:
+    return load_scores(studies.folder / "panel")[0]
 
 
 TABLES: dict[str, Callable[[Studies], Table]] = {
@@ -253,17 +208,20 @@ TABLES: dict[str, Callable[[Studies], Table]] = {
     "ablation-cola-mrpc": lambda s: table(
         s,
         "CoLA and MRPC, 1e-4",
-        [*ablation_rows(_BOTH, "cola", "CoLA, "), *ablation_rows(_BOTH, "mrpc", "MRPC, ")],
+        [
+            *ablation_rows(_COLA_MRPC, "cola", "CoLA, "),
+            *ablation_rows(_COLA_MRPC, "mrpc", "MRPC, "),
+        ],
     ),
     "isolation-sst2-2000": lambda s: isolation_table(s, "minilm-l6", {"sst2": ""}, _SMALL),
     "isolation-sst2-6000": lambda s: isolation_table(s, "minilm-l6-6000", {"sst2": ""}, _LARGE),
     "isolation-cola-mrpc": lambda s: isolation_table(
-        s, _BOTH, {"cola": "CoLA, ", "mrpc": "MRPC, "}, "CoLA and MRPC, 1e-4"
+        s, _COLA_MRPC, {"cola": "CoLA, ", "mrpc": "MRPC, "}, "CoLA and MRPC, 1e-4"
     ),
     "pcee-sst2": pcee_sst2,
-    "panel-done": lambda s: panel_tables.progress_table(load(s.folder / "panel")[1]),
+    "panel-done": lambda s: panel_tables.progress_table(load_scores(s.folder / "panel")[1]),
     "panel-areas": lambda s: panel_tables.areas_table(_panel(s), most=8),
-    "panel-aims": lambda s: panel_tables.aims_table(_panel(s), panel_tables.DEFAULT),
+    "panel-goals": lambda s: panel_tables.goals_table(_panel(s), panel_tables.DEFAULT),
     "panel-gaps": lambda s: panel_differences.gaps_table(
         _panel(s), panel_differences.SHOWN_READOUTS
     ),
@@ -277,25 +235,25 @@ TABLES: dict[str, Callable[[Studies], Table]] = {
 
 
 def update(paths: Iterable[Path], folder: Path) -> list[Path]:
-    """Writes the tables that Markdown files mark, from the studies in `folder`.
+    """Writes the tables that are marked in Markdown files, from the studies in `folder`.
 
-    Returns the files that mark any. Raises UserError for a table that there is not.
+    Returns the files that mark tables. Raises UserError for an unknown table.
     """
-    studies, found = Studies(folder), []
+    studies, marked = Studies(folder), []
     for path in paths:
         text = path.read_text(encoding="utf-8")
-        for name in _BLOCK.findall(text):
-            if name[1] not in TABLES:
+        for _, name, _ in _BLOCK.findall(text):
+            if name not in TABLES:
                 raise UserError(
-                    f"{str(path)!r} marks a table {name[1]!r}; there are {', '.join(TABLES)}"
+                    f"{str(path)!r} marks an unknown table {name!r}: use one of {', '.join(TABLES)}"
                 )
         changed = _BLOCK.sub(lambda m: m[1] + _markdown(TABLES[m[2]](studies)) + m[3], text)
         if changed != text:
             write_text(path, changed)
         if _BLOCK.search(text):
-            found.append(path)
-    return found
+            marked.append(path)
+    return marked
 
 
-def _markdown(made: Table) -> str:
-    return "".join(f"{line}\n" for line in table_lines(*made))
+def _markdown(table: Table) -> str:
+    return "".join(f"{line}\n" for line in table_lines(*table))

@@ -1,6 +1,6 @@
-"""Trains a variant of a cell once, and analyses it with its heads as trained and refitted.
+"""Trains a variant of a cell and analyses it with its heads as trained and refitted.
 
-What experiments.recipe and experiments.panel have in common.
+The studies experiments.recipe, panel and probes share these functions.
 
 Shape letters: R replica, S seed, E exit, N rows, U rows with features, C classes.
 """
@@ -32,7 +32,7 @@ from sweet_jax.training.step import Params
 
 
 def with_fewer_validation_rows(job: PreparedRun, most: int) -> PreparedRun:
-    """Returns the run with `most` validation rows, drawn by a fixed seed, where it has more."""
+    """Returns the run with at most `most` validation rows, drawn with a fixed seed."""
     rows = job.dataset.validation
     if len(rows.labels) <= most:
         return job
@@ -46,13 +46,15 @@ def with_fewer_validation_rows(job: PreparedRun, most: int) -> PreparedRun:
 
 
 def with_probe(job: PreparedRun, folder: Path) -> tuple[PreparedRun, PreparedRun]:
-    """Fits the probe of a run whose heads start from one.
+    """Fits the probe of a run whose heads are initialized from one.
 
-    folder: where the probe of each pooling is kept, which all variants of a cell share.
+    Args:
+      job: the run.
+      folder: folder for the probe of each pooling, which all variants of a cell share.
 
     Returns:
-      The run, and the replicas of its first learning rate alone: no probe or baseline depends on
-      a rate.
+      The run with its probe; and the same with the replicas of its first learning rate only, for
+      probes and baselines, which do not depend on the rate.
 
     """
     config = job.config
@@ -68,37 +70,44 @@ def with_probe(job: PreparedRun, folder: Path) -> tuple[PreparedRun, PreparedRun
 
 
 def train_variant(job: PreparedRun, workdir: Path) -> tuple[dict[str, Analysis], dict[str, Any]]:
-    """Trains a variant; returns its analyses, "trained" and "refit", and its choices."""
+    """Trains a variant.
+
+    Returns:
+      Its analyses by kind of heads, "trained" and "refit"; and the learning-rate search and the
+      best steps, as JSON values.
+
+    """
     job, search = search_rate(job, workdir)
-    found: dict[str, list[tuple[ModelOutput, ModelOutput]]] = {"trained": [], "refit": []}
+    by_kind: dict[str, list[tuple[ModelOutput, ModelOutput]]] = {"trained": [], "refit": []}
     steps: list[list[int]] = []
     for model in model_specs(job.config):
-        graphdef, params, spent = fit(job.training_job(model, workdir))
-        steps.append(list(spent.best_steps))
+        graphdef, params, timing = fit(job.training_job(model, workdir))
+        steps.append(list(timing.best_steps))
         outputs = _exit_outputs(job, graphdef, params)
         first, depth = job.config.layer_scaling, model.exits[-1]
-        if first != 1:  # of the refit alone: heads as trained were trained on the layers as trained
+        if first != 1:  # only for the refit, since the trained heads belong to the unscaled layers
             pretrained = job.checkpoint.weights.first_layers(depth)
             scaled = scale_layer_updates(params, pretrained, depth, first)
             outputs["refit"] = _exit_outputs(job, graphdef, scaled)["refit"]
         for kind, pair in outputs.items():
-            found[kind].append(pair)
+            by_kind[kind].append(pair)
     labels = job.train.labels[job.rows.calibration]
     analyses = {}
-    for kind, outputs in found.items():
-        calibration, validation = zip(*outputs, strict=True)
-        fitted = exit_outputs(job, "calibration", calibration, labels)
-        shown = exit_outputs(job, "validation", validation, job.validation.labels)
-        analyses[kind] = analyse(fitted, shown)
+    for kind, pairs in by_kind.items():
+        calibration, validation = zip(*pairs, strict=True)
+        analyses[kind] = analyse(
+            exit_outputs(job, "calibration", calibration, labels),
+            exit_outputs(job, "validation", validation, job.validation.labels),
+        )
     return analyses, {"search": search, "best_steps": steps}
 
 
 def _exit_outputs(
     job: PreparedRun, graphdef: nnx.GraphDef, params: Params
 ) -> dict[str, tuple[ModelOutput, ModelOutput]]:
-    """Returns the exit logits of calibration and validation rows, as trained and refitted.
+    """Returns the exit logits of calibration and validation rows, by kind of heads.
 
-    In one pass over all rows: both kinds have the same trunk, and the refit its features.
+    One pass over all rows computes both kinds, which share the trunk and its features.
     """
     program = compile_evaluation(job.config, graphdef, mesh_of(params), features=True)
     parts = (job.rows.training, job.rows.tuning, job.rows.calibration)
@@ -108,12 +117,12 @@ def _exit_outputs(
         job.config, program, params, job.validation, job.validation_rows, features=True
     )
     places = np.tile(np.arange(rows.shape[1]), (len(rows), 1))
-    fitted, held = np.cumsum([part.shape[1] for part in parts])[:2]
+    tuning, calibration = np.cumsum([part.shape[1] for part in parts])[:2]  # first places
     refitted = fit_classifiers(
         np.asarray(train.features),
         job.train.labels[rows],
-        places[:, :fitted],
-        places[:, fitted:held],
+        places[:, :tuning],
+        places[:, tuning:calibration],
         len(job.dataset.classes),
     )
 
@@ -121,15 +130,15 @@ def _exit_outputs(
         logits = np.asarray(output.features) @ refitted.kernel  # [R, E, N, C]
         return ModelOutput(jnp.asarray(logits + refitted.bias[:, :, None]))
 
-    calibration = jax.tree.map(lambda x: x[:, :, held:], train)
+    held_out = jax.tree.map(lambda x: x[:, :, calibration:], train)
     return {
-        "trained": (calibration._replace(features=None), validation._replace(features=None)),
-        "refit": (by_refit(calibration), by_refit(validation)),
+        "trained": (held_out._replace(features=None), validation._replace(features=None)),
+        "refit": (by_refit(held_out), by_refit(validation)),
     }
 
 
 def row_counts(job: PreparedRun) -> dict[str, int]:
-    """Returns the number of rows of each kind, and of classes."""
+    """Returns the number of rows of each kind and the number of classes."""
     training, calibration, tuning = (rows.shape[1] for rows in job.rows)
     return {
         "train": training,

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from experiments import cluster, grid
-from experiments.options import parser
+from experiments.options import make_parser
 from experiments.records import read_study
 from sweet_jax.errors import UserError
 from sweet_jax.exits.outputs import ExitOutputs
@@ -149,7 +149,7 @@ def test_a_killed_worker_s_cell_is_finished_and_every_cell_once(swept):
     begun = re.findall(r"^(\S+) on \S+, process (\d+)$", text, re.MULTILINE)
     assert sorted(n for n, _ in begun) == sorted([*CELLS, name])
     assert len({pid for _, pid in begun}) == 4  # a process for each
-    assert f"{name}: its worker died (WorkerCrashedError), begun again\n" in text
+    assert f"{name}: its worker died (WorkerCrashedError), started again\n" in text
     ended = re.findall(r"^\[(\d)/3\] (\S+) done, \d+ min left$", text, re.MULTILINE)
     assert [int(number) for number, _ in ended] == [1, 2, 3]
     assert sorted(n for _, n in ended) == sorted(CELLS)
@@ -288,15 +288,15 @@ def test_without_ray_there_is_one_line(arguments, tmp_path, monkeypatch, capsys)
 )
 def test_numbers_that_cannot_be_are_refused(flags, message):
     with pytest.raises(UserError, match=message):
-        cluster.check_options(parser().parse_args(flags))
+        cluster.check_options(make_parser().parse_args(flags))
 
 
 @pytest.mark.parametrize(
     ("address", "message"),
     [
         ("ray://host:10001", "'ray://host:10001' is not HOST:PORT"),
-        ("127.0.0.1:1", "no Ray cluster is reached at '127.0.0.1:1'"),
-        ("head", "no Ray cluster is reached at 'head'"),
+        ("127.0.0.1:1", "no Ray cluster can be reached at '127.0.0.1:1'"),
+        ("head", "no Ray cluster can be reached at 'head'"),
     ],
 )
 def test_addresses_of_no_cluster_get_one_line(arguments, tmp_path, address, message, capsys):
@@ -325,13 +325,13 @@ BOX, HOST = {"CPU": 32.0, "GPU": 8.0}, {"CPU": 96.0, "TPU": 4.0}
     ],
 )
 def test_a_cell_takes_whole_devices_of_one_node(flags, nodes, wanted):
-    options = parser().parse_args(flags)
+    options = make_parser().parse_args(flags)
     if wanted is None:
         with pytest.raises(
-            UserError, match=r"no node has what a cell takes, .*: the largest have "
+            UserError, match=r"no node has the resources of a cell, .*; the largest have "
         ):
-            cluster.demanded(options, nodes)
+            cluster.required_resources(options, nodes)
     else:
-        assert cluster.demanded(options, nodes) == dict(
+        assert cluster.required_resources(options, nodes) == dict(
             zip(("CPU", "GPU", "TPU"), wanted, strict=True)
         )

@@ -10,6 +10,7 @@ from test_policies import known_table
 
 from experiments import (
     comparison,
+    comparison_tables,
     conflict_tables,
     curves,
     large_at_small_cost,
@@ -20,7 +21,8 @@ from experiments import (
     summary,
 )
 from experiments.comparison import Record, Run
-from experiments.options import encoder_note, parser
+from experiments.encoders import encoder_note
+from experiments.options import make_parser
 from experiments.records import read_study, read_table, replace_rows, write_study, write_table
 from sweet_jax.errors import UserError
 
@@ -64,7 +66,7 @@ def test_differences_are_paired_by_seed_and_their_mean_over_tasks_too():
         "b": (record([[0.54, 0.6], [0.64, 0.7], [0.74, 0.79]]), BASE),
         "c": (None, BASE),
     }
-    rows = comparison.differences("gap", pairs, comparison.exit_scores)
+    rows = comparison_tables.differences("gap", pairs, comparison.exit_scores)
     assert rows == [
         ["gap", "a", "chosen: 0.0001", "**+2.0 ± 0.0**", "+0.3 ± 1.4"],
         ["gap", "b", "chosen: 0.0001", "**+4.0 ± 0.0**", "-0.3 ± 1.4"],
@@ -77,21 +79,21 @@ def test_differences_are_given_at_every_rate_too_where_that_is_another_compariso
     fast = {1e-4: [[0.5], [0.6]], 3e-4: [[0.6], [0.7]]}
     slow = {1e-4: [[0.5], [0.6]], 3e-4: [[0.3], [0.4]]}
     pairs = {"a": (record(fast, chosen=3e-4), record(slow, chosen=1e-4))}
-    rows = comparison.differences("gap", pairs, comparison.exit_scores)
+    rows = comparison_tables.differences("gap", pairs, comparison.exit_scores)
     assert [row[2:] for row in rows] == [
         ["chosen: 0.0003, 0.0001", "**+10.0 ± 0.0**"],
         ["0.0001", "+0.0 ± 0.0"],
         ["0.0003", "**+30.0 ± 0.0**"],
     ]
     same = {"a": (record(fast, chosen=3e-4), record(slow, chosen=3e-4))}
-    rows = comparison.differences("gap", same, comparison.exit_scores)
+    rows = comparison_tables.differences("gap", same, comparison.exit_scores)
     assert [row[2] for row in rows] == ["chosen: 0.0003", "0.0001"]
 
 
 def test_four_records_are_a_difference_of_differences():
     four = [record([[v], [v + 0.1]]) for v in (0.5, 0.3, 0.4, 0.35)]
-    assert comparison.paired(four, comparison.exit_scores) == pytest.approx(15)
-    (row,) = comparison.differences("gap", {"a": four}, comparison.exit_scores)
+    assert comparison.paired_differences(four, comparison.exit_scores) == pytest.approx(15)
+    (row,) = comparison_tables.differences("gap", {"a": four}, comparison.exit_scores)
     assert row[3] == "**+15.0 ± 0.0**"
 
 
@@ -99,24 +101,29 @@ def test_the_mean_curve_is_over_tasks_at_the_costs_and_seeds_that_all_have():
     one = record([[0.5], [0.6]], grid=[{"0.25": 0.5, "1": 0.7}, {"0.25": 0.6, "1": 0.8}])
     points = [{"0.25": 0.3, "0.5": 0.4, "1": 0.5}] * 2 + [{"1": 0.9}]
     other = record([[0.5], [0.6], [0.7]], grid=points[::-1])  # its seed 0 lacks a cost
-    costs, scores = curves.mean_at_costs([one, other], [0, 1])
+    costs, scores = curves.mean_curve([one, other], [0, 1])
     np.testing.assert_array_equal(costs, [1.0])
     np.testing.assert_allclose(scores, [[80.0], [65.0]])
-    costs, scores = curves.mean_at_costs([one, other], [1])  # which has both costs
+    costs, scores = curves.mean_curve([one, other], [1])  # which has both costs
     np.testing.assert_array_equal(costs, [0.25, 1.0])
     np.testing.assert_allclose(scores, [[45.0, 65.0]])
 
 
 def test_what_diverged_has_a_star_and_what_is_not_finite_is_left_out():
     found = record([[0.5, 0.6], [0.5, 0.8]], diverged=[(1, 1)])
-    shown = comparison.texts(found, comparison.exit_scores, comparison.spread)
+    shown = comparison_tables.format_columns(
+        found, comparison.exit_scores, comparison_tables.format_spread
+    )
     assert shown == ["50.0 ± 0.0*", "70.0 ± 14.1"]
     found = without_area(found, 1)
-    assert comparison.texts(found, comparison.exit_scores) == ["50.0* (n=1)", "60.0 (n=1)"]
-    rows = comparison.differences("gap", {"a": (found, BASE)}, comparison.exit_scores)
+    assert comparison_tables.format_columns(found, comparison.exit_scores) == [
+        "50.0* (n=1)",
+        "60.0 (n=1)",
+    ]
+    rows = comparison_tables.differences("gap", {"a": (found, BASE)}, comparison.exit_scores)
     assert rows[0][2:] == ["chosen: 0.0001 (n=1)", "+0.0", "+0.0"]
     found = without_area(found, 0)  # all of them: there is nothing else to show
-    assert len(comparison.chosen(found)) == 2
+    assert len(comparison.chosen_runs(found)) == 2
 
 
 def test_sizes_are_compared_seed_by_seed():
@@ -133,7 +140,7 @@ def test_sizes_are_compared_seed_by_seed():
         "sst2-early_exit-train_size-500": flat(500, 0.5, 0.7),
         "sst2-sweet-train_size-900": flat(900, 0.6, 0.9),
     }
-    options = parser().parse_args(["--tasks=sst2,rte"])
+    options = make_parser().parse_args(["--tasks=sst2,rte"])
     options.sizes = "500,900"
     areas, curves_of, gaps = sizes.sections(options, records)
     assert [row[:2] for row in areas.rows] == [["sst2", "Early-Exit"], ["sst2", "SWEET"]]
@@ -175,7 +182,7 @@ def test_tables_that_a_document_marks_are_written_from_the_records(tmp_path):
     assert (lines[0], lines[-1]) == ("Before.", "After.")
     assert "old" not in lines
     page.write_text("<!-- table: sst3 -->\n<!-- /table -->\n")
-    with pytest.raises(UserError, match="marks a table 'sst3'; there are sst2, "):
+    with pytest.raises(UserError, match="marks an unknown table 'sst3': use one of sst2, "):
         summary.update([page], tmp_path)
 
 
@@ -251,7 +258,7 @@ def test_control_finds_what_is_achieved():
         elif policy == "pcee_isotonic":  # near it: the last exit takes what is left
             assert accuracy == pytest.approx(0.8, abs=0.05)
     assert right.mean() == pytest.approx(chance.mean(), abs=0.02)
-    certified = pcee_measurements.violations(rows, 400, draws=20)
+    certified = pcee_measurements.count_violations(rows, 400, draws=20)
     assert certified[:, 1].max() <= 4  # of 20, at alpha = 5%
     assert np.all(np.diff(certified[:, 2]) <= 1e-12)  # a looser promise is never dearer
 
@@ -277,10 +284,11 @@ def test_control_is_told_by_method_and_its_mean_over_tasks_by_seed(tmp_path):
     ]
     write_table(tmp_path / "pcee_control.csv", pcee_measurements.CONTROL, control)
     write_table(tmp_path / "certificates.csv", pcee_measurements.CERTIFICATES, drawn)
-    options = parser().parse_args([f"--output={tmp_path}"])
+    options = make_parser().parse_args([f"--output={tmp_path}"])
     errors, certificates = pcee_control.sections(options, {})
-    assert "Left out, the last exit gains less than a point: rte-early_exit seed 1, " in errors.note
-    assert errors.note.endswith("without a seed left out: SWEET sst2, rte; Early-Exit sst2.")
+    left_out = "Left out, since the last exit gains less than a point: rte-early_exit seed 1, "
+    assert left_out in errors.note
+    assert errors.note.endswith("the tasks with all seeds: SWEET sst2, rte; Early-Exit sst2.")
     assert len(errors.rows) == 3 * len(rules)  # two tasks and their mean
     assert errors.rows[0][:2] == ["sst2", "confidence, as it is"]
     one = ["20.0 ± 24.8", "+20.0 ± 24.8", "2.000"]

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import errno
 import hashlib
 import json
 import os
@@ -23,26 +24,34 @@ from tiny import write_checkpoint
 
 from experiments import (
     ablation,
+    audit,
     conflict,
     curves,
+    engine_agreement,
     grid,
     individual,
     isolation,
+    laplace_control,
     large_at_small_cost,
     learning_to_exit,
     mpnet_checkpoint,
+    panel_setfit,
+    parity,
     pcee_control,
+    probes,
     rates,
     read_outs,
     render,
     sizes,
+    two_sizes,
 )
 from experiments.cells import identity
-from experiments.comparison import areas_to_full, chosen
-from experiments.options import cell, parser
+from experiments.comparison import areas_to_full, chosen_runs
+from experiments.options import make_cell, make_parser
 from experiments.records import measure, read_study, read_table, write_study
-from experiments.runner import Script, main
+from experiments.runner import Script, main, run_resumable
 from sweet_jax.config import Config
+from sweet_jax.distributed import PreemptedError
 from sweet_jax.errors import UserError
 from sweet_jax.exits.analysis import analyse, curve_area
 from sweet_jax.exits.outputs import ExitOutputs
@@ -169,13 +178,13 @@ def test_an_output_has_a_workdir_of_its_own():
 
 
 def test_the_paper_s_numbers_stand_beside_those_of_any_model():
-    options = parser().parse_args([])
+    options = make_parser().parse_args([])
     rows = individual.sections(options, {})[0].rows
     title = "paper, deberta-base, exits 1, 4, 6, 12, mean of 7 tasks"
     assert rows[1] == [title, "Early-Exit", "52.3", "70.9", "77.9", "81.7", "3"]
-    options = parser().parse_args(["--model=deberta-large"])
+    options = make_parser().parse_args(["--model=deberta-large"])
     assert individual.sections(options, {})[0].rows[2][-2] == "82.7"
-    options = parser().parse_args(["--exits=1,6"])  # other columns
+    options = make_parser().parse_args(["--exits=1,6"])  # other columns
     assert individual.sections(options, {})[0].rows == []
 
 
@@ -272,7 +281,7 @@ def test_a_second_rendering_writes_the_same_bytes(finished):
 
 
 def test_differences_by_read_out_are_of_the_same_seeds_and_drawn_rows(finished, tmp_path):
-    options = parser().parse_args([a for a in finished if not a.startswith("--output=")])
+    options = make_parser().parse_args([a for a in finished if not a.startswith("--output=")])
     options.output = tmp_path
     records = {name: measure(outputs(finished, name)) for name in ("sst2-sweet", "sst2-early_exit")}
     read_outs.measurements(options, records)
@@ -284,7 +293,7 @@ def test_differences_by_read_out_are_of_the_same_seeds_and_drawn_rows(finished, 
     right = []
     for name, record in records.items():
         whole = ExitOutputs.load(outputs(finished, name) / "validation.npz")
-        kept = [record.runs.index(one) for one in chosen(record)]
+        kept = [record.runs.index(one) for one in chosen_runs(record)]
         right.append((whole.predictions == whole.labels[:, None])[kept])  # [S, E, N]
     gaps = right[0].astype(float) - right[1]
     rng, rows = np.random.default_rng(3), gaps.shape[2]
@@ -345,8 +354,8 @@ def test_a_deep_model_against_shallow_ones(finished, capsys):
 
 
 def test_replicas_of_a_cell_equal_their_solo_runs(finished, arguments, tmp_path):
-    parsed = parser().parse_args(arguments)
-    one = cell(parsed, "sst2", "sweet")
+    parsed = make_parser().parse_args(arguments)
+    one = make_cell(parsed, "sst2", "sweet")
     saved = logits(outputs(finished, "sst2-sweet"))
     solo = Config(**{**vars(one.config), "seeds": (1,), "learning_rates": (3e-3,)})
     run(solo, tmp_path / "solo")
@@ -404,7 +413,7 @@ def test_of_five_rates_by_three_seeds_each_equals_its_solo_run(arguments, tmp_pa
     ]
     assert individual.run(full) == 0
     saved = ExitOutputs.load(outputs(full, "sst2-sweet") / "validation.npz")
-    one = cell(parser().parse_args(full), "sst2", "sweet")
+    one = make_cell(make_parser().parse_args(full), "sst2", "sweet")
     assert len(saved.identity.replicas) == 15
     for r in (0, 6, 14):
         seed, rate = saved.identity.replicas[r]
@@ -493,7 +502,7 @@ def rewrite(folder: Path, **changed) -> None:
 def two_tasks(finished, arguments, tmp_path) -> list[str]:
     """Options of sst2 alone, in an output where SWEET's cell of mrpc is done too."""
     shutil.copytree(output(finished), tmp_path / "out")
-    other = cell(parser().parse_args(arguments), "mrpc", "sweet")
+    other = make_cell(make_parser().parse_args(arguments), "mrpc", "sweet")
     record = read_study(tmp_path / "out")[0]["sst2-sweet"]
     rewrite(tmp_path / "out", mrpc_sweet=dataclasses.replace(record, config=identity(other.config)))
     options = [f"--output={tmp_path / 'out'}", f"--workdir={tmp_path / 'work'}", "--render_only"]
@@ -538,8 +547,8 @@ def test_cells_of_other_rows_do_not_stand_in_one_table(two_tasks, capsys):
 
 
 def test_a_setting_without_a_limit_can_be_kept():
-    options = parser().parse_args(["--set", "clip_norm=Infinity"])
-    one = cell(options, "sst2", "sweet")
+    options = make_parser().parse_args(["--set", "clip_norm=Infinity"])
+    one = make_cell(options, "sst2", "sweet")
     assert json.loads(json.dumps(identity(one.config), allow_nan=False))["clip_norm"] == "inf"
 
 
@@ -618,6 +627,62 @@ def test_an_output_that_there_is_not_is_not_made(tmp_path, capsys):
     assert "typo' does not exist: run a script first" in error
     assert error.count("\n") == 1
     assert not (tmp_path / "typo").exists()
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "message"),
+    [
+        (audit, ["--sst2=a", "--ag_news=b", "--data_dir=nowhere"], "--data_dir 'nowhere' is not a"),
+        (engine_agreement, ["--run=nowhere"], "'nowhere' has no int8.json: run sweet-jax quantize"),
+        (engine_agreement, ["--run=nowhere", "--draws=0"], "--draws must be 1 or more; got 0"),
+        (probes, ["--data_dir=nowhere", "--text_dir=."], "--data_dir 'nowhere' is not a directory"),
+        (panel_setfit, [], "set --data_dir and --text_dir, or --render_only"),
+        (two_sizes, ["--data_dir=.", "--text_dir=."], "set --checkpoint, the checkpoint of MPNet"),
+        (laplace_control, ["--data_dir=.", "--text_dir=nowhere"], "--text_dir 'nowhere' is not a"),
+        (mpnet_checkpoint, ["--nope"], "unknown option '--nope'"),
+    ],
+)
+def test_bad_input_to_a_script_gets_one_line(
+    script, arguments, message, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    assert script.main(arguments) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_parity_without_torch_says_how_to_install_it(monkeypatch, capsys):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert parity.main([]) == 2
+    assert capsys.readouterr().err == "error: torch is not installed: pip install -e '.[torch]'\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "message"),
+    [
+        (UserError("no such cell"), 2, "error: no such cell"),
+        (PermissionError(errno.EACCES, "Permission denied", "out"), 2, "change its permissions"),
+        (OSError(errno.ENOSPC, "No space left"), 1, "run the same command to resume"),
+        (PreemptedError("stopped"), 1, "stopped; run the same command to resume"),
+        (KeyboardInterrupt(), 1, "interrupted; run the same command to resume"),
+    ],
+)
+def test_a_command_that_cannot_go_on_gets_one_line(error, status, message, capsys):
+    def command():
+        raise error
+
+    assert run_resumable(command) == status
+    text = capsys.readouterr().err
+    assert message in text
+    assert text.count("\n") == 1
+
+
+def test_the_page_of_the_audit_is_rendered_from_the_committed_results():
+    folder = Path(__file__).parents[1] / "experiments" / "results" / "audit"
+    results = json.loads((folder / "audit.json").read_text())
+    assert audit.render(results) == (folder / "README.md").read_text()
 
 
 def parts_of(joined: bytes, folder: Path, count: int = 3) -> None:

@@ -13,18 +13,19 @@ import pytest
 
 from experiments import panel
 from experiments.comparison import mean_to_full
+from experiments.panel_criterion import choose_default, goals
 from experiments.panel_records import (
     Record,
     Scores,
+    bootstrap_replica_areas,
     draw_counts,
-    drawn_areas,
     read_record,
     record_path,
     score_run,
     write_record,
 )
 from experiments.panel_setfit import all_rows, with_draws
-from experiments.panel_statistics import aims, choose_default, compare, holm, load
+from experiments.panel_statistics import compare, holm, load_scores
 from experiments.panel_variants import (
     AUTO_PROBE,
     CELLS,
@@ -73,7 +74,7 @@ def test_areas_on_drawn_rows_are_those_of_the_simulator_on_these_rows(metric, me
         expected = [mean_to_full(*pair) for pair in zip(curve.cost, curve.score, strict=True)]
         np.testing.assert_allclose(scores.drawn_area[d], expected, rtol=1e-12)
     ones = np.ones((1, 60), int)
-    whole = [drawn_areas(rows.replica(s), confidences[s], ones)[0] for s in range(2)]
+    whole = [bootstrap_replica_areas(rows.replica(s), confidences[s], ones)[0] for s in range(2)]
     np.testing.assert_allclose(whole, scores.area, rtol=1e-12)
 
 
@@ -147,16 +148,16 @@ def test_a_difference_is_paired_by_seed_and_by_drawn_rows():
 
 def test_the_default_is_the_largest_area_that_is_nowhere_significantly_below(tmp_path):
     fill(tmp_path)
-    found, _ = load(tmp_path)
+    found, _ = load_scores(tmp_path)
     assert choose_default(found)[0] == "sweet-mean-probe refit"
     # Another variant has the largest mean, but is far below in one cell.
     write_record(tmp_path, "sst2-500", "recipe", record(0.99))
     write_record(tmp_path, "mrpc-500", "recipe", record(0.80))
-    found, _ = load(tmp_path)
+    found, _ = load_scores(tmp_path)
     best, names = choose_default(found)
     assert names[0] == "recipe refit"
     assert best == "sweet-mean-probe refit"
-    counts = {count.what: count.good for count in aims(found, "recipe refit")}
+    counts = {goal.text: goal.met_in for goal in goals(found, "recipe refit")}
     assert counts["area not significantly below any of these"] == 1
     assert counts["every exit at or above TF-IDF less 0.5"] == 1
 
@@ -168,7 +169,7 @@ def test_the_page_has_every_table_and_names_what_was_not_run(tmp_path):
     assert "| sweet-mean-probe refit | 87.9" in page
     assert "Differences between the methods, by read-out" in page
     assert "- frozen: every cell" in page
-    assert "+10.0; 2 above, 0 below of 2" in page  # SWEET - Early-Exit as they are
+    assert "+10.0; 2 above, 0 below of 2" in page  # SWEET - Early-Exit as published
     write_record(tmp_path, "sst2-500", "early_exit-distilled", record(0.68))
     assert panel.main(["--render_only", f"--output={tmp_path}"]) == 0
     page = (tmp_path / "README.md").read_text()
@@ -221,7 +222,7 @@ def test_all_variants_of_a_cell_train_on_the_same_rows():
 def test_variants_of_one_run_have_its_scores_where_a_row_is_one_text(tmp_path):
     for cell in ("sst2-500", "mrpc-500"):
         write_record(tmp_path, cell, "recipe", record(0.9))
-    found, records = load(tmp_path)
+    found, records = load_scores(tmp_path)
     for kind in ("trained", "refit"):
         own, other = (found["sst2-500"][f"{name} {kind}"] for name in ("recipe", "recipe-mean"))
         np.testing.assert_array_equal(own.area, other.area)
@@ -333,8 +334,8 @@ def test_a_variant_is_trained_and_scored_on_the_same_validation_rows_as_the_base
     [
         (["--cells=sst2-50"], "unknown cell 'sst2-50': did you mean 'sst2-500'?"),
         (["--variants=recip"], "unknown variant 'recip': did you mean 'recipe'?"),
-        (["--data_dir=nowhere", "--text_dir=."], "--data_dir 'nowhere' is not a directory"),
-        ([], "give --data_dir and --text_dir, or --list or --render_only"),
+        (["--data_dir=nowhere", "--text_dir=."], "--data_dir 'nowhere' is not a directory: set it"),
+        ([], "set --data_dir and --text_dir, or --list or --render_only"),
     ],
 )
 def test_bad_options_are_named(arguments, words, tmp_path, capsys):

@@ -22,7 +22,7 @@ def test_the_page_is_rendered_from_the_committed_records(tmp_path):
     [
         (["--cells=sst2-50", "--render_only"], "unknown cell 'sst2-50': did you mean 'sst2-500'?"),
         (["--variants=recip"], "unknown variant 'recip': did you mean 'recipe'?"),
-        ([], "give --data_dir and --text_dir, or --render_only"),
+        ([], "set --data_dir and --text_dir, or --render_only"),
     ],
 )
 def test_bad_options_are_named(arguments, words, tmp_path, capsys):
