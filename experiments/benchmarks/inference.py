@@ -194,16 +194,16 @@ def main(argv: list[str] | None = None) -> None:
     shapes = options.shape or [_OWN]
     for shape in shapes:
         check_choice("shape", shape, (_OWN, *SHAPES))
+    models = [open_model(name) for name in options.model]
+    chosen = [model for model in models if not options.task or model.task in options.task]
+    inputs = [(m, read_validation_texts(m, options.data_dir, options.rows)[0]) for m in chosen]
     threads = f"{physical_cores()} threads, onnxruntime {onnxruntime.__version__}"
     print(f"{describe_machine('numpy')}; {threads}")
-    columns = ("model", "task", "batch", "side", "at", "ms per text", "p50", "p95")
-    print(table_head(*columns, "counted", "by tokens", "clock"))
+    if not options.stream:
+        columns = ("model", "task", "batch", "side", "at", "ms per text", "p50", "p95")
+        print(table_head(*columns, "counted", "by tokens", "clock"))
     cases = []
-    for name, shape in itertools.product(options.model, shapes):
-        model = open_model(name)
-        if options.task and model.task not in options.task:
-            continue
-        texts = read_validation_texts(model, options.data_dir, options.rows)[0]
+    for (model, texts), shape in itertools.product(inputs, shapes):
         with tempfile.TemporaryDirectory() as folder:
             if shape != _OWN:
                 model = write_random_model(Path(folder) / "model", SHAPES[shape], model)
