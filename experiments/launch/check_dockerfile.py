@@ -5,8 +5,9 @@
 Executes each COPY and RUN in a folder of this machine instead of the image's. Then starts the
 server by the ENTRYPOINT, as the USER if this process is allowed to. The server must be healthy
 according to the HEALTHCHECK, classify a text, and end with status 0 on SIGTERM. The base image
-itself is not checked, because the steps run with this machine's Python. Prints the size of the environment and
-the seconds until the server is healthy. Takes about half a minute, mostly for downloads.
+itself is not checked, because the steps run with this machine's Python. Prints the size of the
+environment and the seconds until the server is healthy. Takes about half a minute, mostly for
+downloads.
 """
 
 import json
