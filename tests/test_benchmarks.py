@@ -20,14 +20,19 @@ from tiny import WORDS, write_checkpoint
 from experiments.benchmarks import (
     evaluate,
     paper_cell,
+    policies,
+    pools,
     recipe,
     shapes,
     short_texts,
+    simulate,
     sweep,
+    timing,
     tpu_collectives,
     tpu_loops,
 )
 from experiments.benchmarks.tpu_traffic import operations, traffic
+from sweet_jax.arguments import run_command
 
 needs_torch = pytest.mark.skipif(
     importlib.util.find_spec("torch") is None, reason='torch is not installed (".[torch]")'
@@ -58,6 +63,41 @@ def cells(text: str) -> list[list[str]]:
     """The rows of the table in a text, without its head."""
     rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("|")]
     return rows[2:]
+
+
+def test_sides_are_timed_in_turns():
+    calls = []
+    sides = [lambda: calls.append("a"), lambda: calls.append("b")]
+    times = timing.time_in_turns(sides, 2, 2, skipped=1)
+    assert "".join(calls) == "aaabbb" * 2
+    assert [len(seconds) for seconds in times] == [4, 4]
+
+
+@pytest.mark.parametrize(
+    ("benchmark", "arguments", "message"),
+    [
+        (sweep, ["--shape=tinny"], "invalid choice: 'tinny'"),
+        (sweep, ["--shapes=tiny"], "unknown option '--shapes': did you mean '--shape'?"),
+        (sweep, ["--replicas=1"], "--replicas must be at least 2; got 1"),
+        (evaluate, ["--model=x"], "--model needs --data_dir=DIR"),
+        (short_texts, ["--data_dir=/none"], "'/none/cola/train.parquet' does not exist"),
+        (paper_cell, ["--data_dir=/none"], "--data_dir='/none' has no sst2/train.parquet"),
+        (pools, ["--model=/none", "--data_dir=/none"], "'/none' is not a directory"),
+    ],
+)
+def test_wrong_options_are_refused_in_a_line(benchmark, arguments, message, capsys):
+    assert run_command(lambda: benchmark.main(arguments)) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
+
+
+def test_the_exact_curves_equal_the_loops_over_thresholds_and_examples(capsys):
+    simulate.main(["--examples=100"])
+    policies.main(["--examples=50", "--draws=2"])
+    printed = capsys.readouterr().out
+    assert "100 examples" in printed
+    assert "all policies" in printed
+    assert "stability" not in printed  # applies to regression only
 
 
 def test_a_size_is_written_batch_x_length():
