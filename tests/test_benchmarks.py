@@ -20,14 +20,19 @@ from tiny import WORDS, write_checkpoint
 from experiments.benchmarks import (
     evaluate,
     paper_cell,
+    policies,
+    pools,
     recipe,
     shapes,
     short_texts,
+    simulate,
     sweep,
+    timing,
+    tpu_collectives,
     tpu_loops,
-    tpu_programs,
 )
 from experiments.benchmarks.tpu_traffic import operations, traffic
+from sweet_jax.arguments import run_command
 
 needs_torch = pytest.mark.skipif(
     importlib.util.find_spec("torch") is None, reason='torch is not installed (".[torch]")'
@@ -60,11 +65,46 @@ def cells(text: str) -> list[list[str]]:
     return rows[2:]
 
 
+def test_sides_are_timed_in_turns():
+    calls = []
+    sides = [lambda: calls.append("a"), lambda: calls.append("b")]
+    times = timing.time_in_turns(sides, 2, 2, skipped=1)
+    assert "".join(calls) == "aaabbb" * 2
+    assert [len(seconds) for seconds in times] == [4, 4]
+
+
+@pytest.mark.parametrize(
+    ("benchmark", "arguments", "message"),
+    [
+        (sweep, ["--shape=tinny"], "invalid choice: 'tinny'"),
+        (sweep, ["--shapes=tiny"], "unknown option '--shapes': did you mean '--shape'?"),
+        (sweep, ["--replicas=1"], "--replicas must be at least 2; got 1"),
+        (evaluate, ["--model=x"], "--model needs --data_dir=DIR"),
+        (short_texts, ["--data_dir=/none"], "'/none/cola/train.parquet' does not exist"),
+        (paper_cell, ["--data_dir=/none"], "--data_dir='/none' has no sst2/train.parquet"),
+        (pools, ["--model=/none", "--data_dir=/none"], "'/none' is not a directory"),
+    ],
+)
+def test_wrong_options_are_refused_in_a_line(benchmark, arguments, message, capsys):
+    assert run_command(lambda: benchmark.main(arguments)) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
+
+
+def test_the_exact_curves_equal_the_loops_over_thresholds_and_examples(capsys):
+    simulate.main(["--examples=100"])
+    policies.main(["--examples=50", "--draws=2"])
+    printed = capsys.readouterr().out
+    assert "100 examples" in printed
+    assert "all policies" in printed
+    assert "stability" not in printed  # applies to regression only
+
+
 def test_a_size_is_written_batch_x_length():
-    assert shapes.size("16x128") == shapes.Size(16, 128)
+    assert shapes.parse_size("16x128") == shapes.Size(16, 128)
     for text in ("16", "16x", "0x4", "ax4"):
         with pytest.raises(Exception, match="16x128"):
-            shapes.size(text)
+            shapes.parse_size(text)
 
 
 @pytest.mark.parametrize(
@@ -96,10 +136,10 @@ def test_evaluate_prints_both_sides_and_they_agree(capsys):
 
 
 def test_evaluate_notices_rows_that_leave_elsewhere():
-    work = evaluate.random_work("tiny", 12)
-    scores = np.full((2, 12), 2.0)  # as if all were sure at the first exit
+    work = evaluate.random_workload("tiny", 12)
+    confidences = np.full((2, 12), 2.0)  # as if all were confident at the first exit
     with pytest.raises(AssertionError, match="left elsewhere"):
-        evaluate.seconds_stopping(work, scores, np.asarray([1.5]), 3)
+        evaluate.time_release(work, confidences, np.asarray([1.5]), 3)
 
 
 @needs_torch
@@ -142,8 +182,8 @@ def test_torch_trains_the_same_parameters(name, method):
     from experiments.benchmarks import train_step
 
     chosen = shapes.SHAPES[name]
-    model = train_step.torch_exits(chosen, method)
-    owned = model.owned()
+    model = train_step.make_torch_model(chosen, method)
+    owned = model.owned_parameters()
     count = sum(p.numel() for group in owned for p in group)
     here = sum(x.size for x in jax.tree.leaves(nnx_params(chosen)))
     assert count == here
@@ -181,7 +221,7 @@ def test_the_loop_in_torch_learns(learnable, capsys):
     assert found["steps"] == found["steps_taken"] == 16 * 12
     assert found["examples"] == 128 * 12
     assert found["last_loss"] < 0.3 * found["first_loss"]
-    assert min(found["scores"]) > 0.9
+    assert min(found["accuracy"]) > 0.9
 
 
 @needs_torch
@@ -213,7 +253,7 @@ def test_job_refuses_unequal_work():
 
     one = {"rows": 54, "validation": 40, "exits": [1, 2], "steps": 7}
     job.check_same(one, dict(one))
-    with pytest.raises(SystemExit, match="steps is 7 here and 8 in torch"):
+    with pytest.raises(SystemExit, match="steps is 7 in sweet_jax and 8 in torch"):
         job.check_same(one, {**one, "steps": 8})
 
 
@@ -260,8 +300,8 @@ def test_each_allocator_s_step_is_timed_against_the_system_s(capsys):
         ["--shape=tiny", "--method=sweet", "--size=2x8", "--rounds=1", "--steps=2"],
     )
     found = cells(capsys.readouterr().out)
-    assert [cell[2] for cell in found] == list(allocator.sides())
-    assert {"system", "glibc, kept"} <= set(allocator.sides())
+    assert [cell[2] for cell in found] == list(allocator.allocators())
+    assert {"system", "glibc, kept"} <= set(allocator.allocators())
     speeds = [float(cell[3]) for cell in found]
     for cell, speed in zip(found, speeds, strict=True):
         assert float(cell[4]) == pytest.approx(speed / speeds[0], abs=0.02)
@@ -296,19 +336,19 @@ def test_groups_of_devices_are_read_from_the_compiler_s_text():
     line = (
         "%a = (f32[2,3]{1,0}, s32[]) all-reduce(%x), replica_groups=mesh['axis_0'=2,'axis_1'=2] {"
     )
-    (rows,) = tpu_programs.collectives(line + "'axis_1'}, x")
+    (rows,) = tpu_collectives.collectives(line + "'axis_1'}, x")
     assert rows == ("all-reduce", {frozenset({0, 1}), frozenset({2, 3})}, [6, 1], 28, 1)
     assert rows.sent() == 28  # half of each array, and then half of the sums
-    (across,) = tpu_programs.collectives(line + "'axis_0'}, x")
+    (across,) = tpu_collectives.collectives(line + "'axis_0'}, x")
     assert across.groups == {frozenset({0, 2}), frozenset({1, 3})}
-    (pairs,) = tpu_programs.collectives(
+    (pairs,) = tpu_collectives.collectives(
         "%a = f32[4]{0} collective-permute(%x), source_target_pairs={{0,1}}"
     )
     assert pairs.groups == {frozenset({0, 1})}
     counted = "%a = f32[4]{0} all-gather(%x), replica_groups=[2,2]<="  # as XLA for GPUs has them
-    (rows,) = tpu_programs.collectives(f"{counted}[4], x")
+    (rows,) = tpu_collectives.collectives(f"{counted}[4], x")
     assert rows.groups == {frozenset({0, 1}), frozenset({2, 3})}
-    (across,) = tpu_programs.collectives(f"{counted}[2,2]T(1,0), x")
+    (across,) = tpu_collectives.collectives(f"{counted}[2,2]T(1,0), x")
     assert across.groups == {frozenset({0, 2}), frozenset({1, 3})}
 
 
@@ -322,7 +362,7 @@ def test_scattered_sums_and_what_spans_fusions_are_read_from_the_compiler_s_text
         f"%fused.1 (x: bf16[2,2]) -> bf16[4,2] {{\n{gather}}}\n"
         f"%fused.2 (x: bf16[2,2]) -> bf16[4,2] {{\n{gather}}}\n"
     )
-    scattered, gathered = tpu_programs.collectives(text)
+    scattered, gathered = tpu_collectives.collectives(text)
     assert scattered == ("reduce-scatter", {frozenset({0, 1}), frozenset({2, 3})}, [8], 32, 1)
     assert (scattered.sent(), gathered.sent()) == (16, 8)
     assert gathered.counts == [8]
@@ -415,14 +455,14 @@ def test_a_loop_of_the_compiler_counts_as_often_as_it_runs():
     """Its count goes up from 0 by 2 while it is below 7: four times."""
     assert tpu_loops.body_runs(LOOP) == {"body.1": 4}
     assert tpu_loops.run_counts(LOOP)["inner.1"] == 4
-    assert tpu_loops.flops_of_repeats(LOOP) == (4 - 1) * 2 * 4 * 3 * 5
-    (sent,) = tpu_programs.collectives(LOOP)
+    assert tpu_loops.repeated_flops(LOOP) == (4 - 1) * 2 * 4 * 3 * 5
+    (sent,) = tpu_collectives.collectives(LOOP)
     assert (sent.times, sent.bytes, sent.sent()) == (4, 80, 320)
     moved = {each.name: each.times for each in operations(LOOP)}
     assert (moved["part"], moved["once"]) == (4, 1)
     dilated = "%right.1), window={size=12 stride=11 lhs_dilate=12}, dim_labels=bf_io->bf"
     batched = LOOP.replace("%right.1), dim_labels=bf_io->bf", dilated)
-    assert tpu_loops.flops_of_repeats(batched) == tpu_loops.flops_of_repeats(LOOP)
+    assert tpu_loops.repeated_flops(batched) == tpu_loops.repeated_flops(LOOP)
 
 
 @pytest.mark.parametrize(

@@ -23,14 +23,14 @@ pytestmark = [
 )
 def test_a_step_of_each_method(method, replicas, dtype):
     shape = shape_of("bert", (2,) if method == "multi_model" else (1, 2))
-    devices = cuda_programs.devices_of(4)
+    devices = cuda_programs.describe_devices(4)
     found = tpu_programs.compile_training_step(shape, method, SIZE, dtype, devices, replicas)
     check_step(found, shape, replicas, dtype, joined=True)
 
 
 def test_groups_of_segment_parallel_training():
     shape = shape_of("bert")
-    devices = cuda_programs.devices_of(4)
+    devices = cuda_programs.describe_devices(4)
     found = tpu_programs.compile_segment_groups(shape, SIZE, "bfloat16", devices)
     check_update(found, shape, joined=True)
     for each in found:

@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 
 from experiments.cells import Cell
-from experiments.faults import kills, launch, summary
+from experiments.faults import __main__ as faults
+from experiments.faults import kills, launch, plans, reference, summary
 from experiments.faults.compare import count_bits, differing_bits
 from experiments.faults.inputs import write_inputs
 from experiments.faults.phases import Watch
@@ -309,12 +310,12 @@ def test_phases_are_told_by_the_files_of_this_attempt(tmp_path):
 
 
 def test_plans_prefer_the_phases_that_were_hit_least():
-    known = kills.Reference(10.0, {"probe": (2.0, 5.0), "report": (1.0, 9.0)}, 20, 160)
+    known = reference.Reference(10.0, {"probe": (2.0, 5.0), "report": (1.0, 9.0)}, 20, 160)
     rng, hit = random.Random(0), Counter({"probe": 3, "report": 0})
-    plans = [kills.plan_kill(rng, hit, known, ["probe", "report"]) for _ in range(50)]
-    aimed = Counter(plan.phase for plan in plans)
+    chosen = [plans.plan_kill(rng, hit, known, ["probe", "report"]) for _ in range(50)]
+    aimed = Counter(plan.phase for plan in chosen)
     assert aimed["report"] > aimed["probe"] > 0  # the rest: at any time of the run
-    assert all(plan.delay <= {"report": 1.0, "probe": 2.0}[plan.phase] for plan in plans)
+    assert all(plan.delay <= {"report": 1.0, "probe": 2.0}[plan.phase] for plan in chosen)
 
 
 def test_a_moment_that_was_missed_is_chosen_anew_of_the_phases_ahead(tmp_path):
@@ -323,16 +324,16 @@ def test_a_moment_that_was_missed_is_chosen_anew_of_the_phases_ahead(tmp_path):
     watch = Watch(tmp_path / "run", time.time() - 1, tmp_path / "0.err")
     asked = []
 
-    def choose(ahead: list[str]) -> kills.Plan:
+    def choose(ahead: list[str]) -> plans.Plan:
         asked.append(list(ahead))
-        return kills.Plan(ahead[0], 0.0)
+        return plans.Plan(ahead[0], 0.0)
 
-    assert kills.await_kill(choose, ["probe", "training", "report"], watch, lambda: True) == (
-        kills.Plan("report", 0.0)
+    assert plans.wait_for_plan(choose, ["probe", "training", "report"], watch, lambda: True) == (
+        plans.Plan("report", 0.0)
     )
     assert asked == [["probe", "training", "report"], ["report"]]
-    assert kills.await_kill(choose, ["probe"], watch, lambda: True) is None
-    assert kills.await_kill(choose, ["report"], watch, lambda: False) is None
+    assert plans.wait_for_plan(choose, ["probe"], watch, lambda: True) is None
+    assert plans.wait_for_plan(choose, ["report"], watch, lambda: False) is None
 
 
 def test_the_work_of_a_cell_that_ends_by_itself_is_estimated():
@@ -390,6 +391,20 @@ def test_a_workdir_that_a_process_cannot_write_to_is_refused(tmp_path, monkeypat
         check_writable(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["stall"], "invalid choice: 'stall'"),
+        (["stalls", "--mode=single"], "stalls needs several processes: --mode=single has one"),
+        (["storage", "--mode=ray"], "storage has no --mode=ray: choose one of single, two"),
+    ],
+)
+def test_tests_and_modes_that_do_not_fit_are_refused_in_a_line(arguments, message, capsys):
+    assert run_command(lambda: faults.main(arguments)) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
+
+
 def test_modes_that_were_not_run_again_keep_their_counts(tmp_path):
     record = {"mode": "two", "round": 0, "cold": False, "bits": 7, "differing": 0, "left": []}
     record["kills"] = [{"phase": "probe", "victims": [0]}]
@@ -410,18 +425,20 @@ def test_killed_runs_are_counted_and_have_no_differing_bit(tmp_path):
     changes |= {"learning_rates": (1e-3,), "baselines": "none", "checkpoint_every": 4}
     config = write_inputs(tmp_path / "inputs", **changes)
     whole, cache = tmp_path / "single" / "whole", tmp_path / "single" / "cache"
-    launch.finish(launch.Setup(config, cache), whole)
+    launch.run_to_end(launch.Setup(config, cache), whole)
     assert not (whole / "probe.npz").exists()
     known = {"seconds": 4.0, "phases": {}, "last_step": 12, "total": 96}
     write_json(tmp_path / "reference.json", known)
     setup, run = launch.Setup(config, cache), tmp_path / "run"
     with launch.started(setup, run) as attempt:
-        watch = Watch(run, attempt.began, attempt.errors[0], 12, 96)
-        plan = kills.Plan("probe", 0.0)  # there is no probe: from the claim to the outputs
-        assert kills.await_moment(plan, watch, attempt.is_whole)
-        killed = kills.end_now(random.Random(0), plan, watch, attempt, kills.MODES["single"][1])
+        watch = Watch(run, attempt.start, attempt.errors[0], 12, 96)
+        plan = plans.Plan("probe", 0.0)  # there is no probe: from the claim to the outputs
+        assert plans.wait_for_moment(plan, watch, attempt.is_whole)
+        killed = kills.kill_processes(
+            random.Random(0), plan, watch, attempt, reference.MODES["single"].signal
+        )
     assert killed == {"phase": "probe", "victims": [0], "aimed": "probe"}
-    launch.finish(setup, run)
+    launch.run_to_end(setup, run)
     bits, names = differing_bits(whole, run)
     assert names == []
     assert bits > 100_000

@@ -21,6 +21,7 @@ from numpy_engine import NumpyEngine
 
 from experiments.launch import check_dockerfile
 from sweet_jax import AdaptiveClassifier, ExitOutputs
+from sweet_jax.errors import UserError
 from sweet_jax.exits.operating_point import make_resolver
 from sweet_jax.inference.artifact import ModelArtifact
 from sweet_jax.models.checkpoint_folder import load_tokenizer
@@ -320,6 +321,11 @@ def test_connections_without_a_request_are_closed_and_others_are_not(classifier)
     for connection in (slow, asks, *connections.values()):
         connection.close()
     running.stop()
+
+
+def test_the_check_of_the_dockerfile_refuses_a_folder_that_is_no_model(tmp_path):
+    with pytest.raises(UserError, match="is not a model exported by sweet-jax export"):
+        check_dockerfile.main([f"--model={tmp_path}"])
 
 
 def test_the_dockerfile_installs_the_extras_and_starts_the_server_of_this_checkout(server):

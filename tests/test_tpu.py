@@ -20,7 +20,7 @@ from experiments.benchmarks import shapes
 
 pytest.importorskip("libtpu", reason='libtpu is not installed (".[tpu-aot]")')
 
-from experiments.benchmarks import tpu_programs
+from experiments.benchmarks import tpu_collectives, tpu_programs
 from sweet_jax.inference.engine_jax import JaxEngine
 from sweet_jax.inference.network import Network
 
@@ -35,7 +35,7 @@ TOPOLOGIES = ("v5e:2x2", "v6e:2x2")
 )
 def test_a_step_of_each_method(topology, method, replicas, dtype):
     shape = shape_of("bert", (2,) if method == "multi_model" else (1, 2))
-    devices = tpu_programs.devices_of(topology)
+    devices = tpu_programs.describe_devices(topology)
     found = tpu_programs.compile_training_step(shape, method, SIZE, dtype, devices, replicas)
     check_step(found, shape, replicas, dtype)
 
@@ -45,7 +45,7 @@ def test_a_step_of_each_method(topology, method, replicas, dtype):
 )
 def test_a_device_is_a_chip(topology, cores):
     """The published peaks, which bounds are taken from, are of a chip with all its cores."""
-    devices = tpu_programs.devices_of(topology)
+    devices = tpu_programs.describe_devices(topology)
     assert len(devices) == len({tuple(device.coords) for device in devices}) == 4
     assert {device.num_cores for device in devices} == {cores}
 
@@ -53,7 +53,7 @@ def test_a_device_is_a_chip(topology, cores):
 @pytest.mark.parametrize("kind", [kind for kind in ENCODERS if kind != "bert"])
 def test_a_step_of_every_family(kind):
     shape = shape_of(kind)
-    devices = tpu_programs.devices_of(TOPOLOGIES[ENCODERS.index(kind) % 2])
+    devices = tpu_programs.describe_devices(TOPOLOGIES[ENCODERS.index(kind) % 2])
     method = "sweet" if kind in ISOLATED else "early_exit"
     found = tpu_programs.compile_training_step(shape, method, SIZE, "bfloat16", devices)
     check_step(found, shape, 1, "bfloat16")
@@ -62,7 +62,7 @@ def test_a_step_of_every_family(kind):
 @pytest.mark.parametrize("topology", TOPOLOGIES)
 def test_groups_of_segment_parallel_training(topology):
     shape = shape_of("bert")
-    devices = tpu_programs.devices_of(topology)
+    devices = tpu_programs.describe_devices(topology)
     found = tpu_programs.compile_segment_groups(shape, SIZE, "bfloat16", devices)
     assert len(found) == 2
     # Each group sums its own gradients; together they are all of the model's.
@@ -76,7 +76,7 @@ def test_groups_of_segment_parallel_training(topology):
 @pytest.mark.parametrize("topology", TOPOLOGIES)
 def test_evaluation_and_the_probe_s_features(topology, features):
     shape = shape_of("bert")
-    devices = tpu_programs.devices_of(topology)
+    devices = tpu_programs.describe_devices(topology)
     found = tpu_programs.compile_evaluation_step(
         shape, SIZE, "bfloat16", devices, features=features
     )
@@ -97,12 +97,12 @@ def test_every_stage_of_serving(topology):
     params["encoder"] = jax.tree.map(lambda x: np.asarray(x, jnp.bfloat16), params["encoder"])
     graphdef = nnx.split(nnx.eval_shape(lambda: shape.model(0, "bfloat16")))[0]
     engine = JaxEngine([Network(shape.exits, graphdef, params)], 0)
-    device, slots = tpu_programs.devices_of(topology)[0], 8
+    device, slots = tpu_programs.describe_devices(topology)[0], 8
     for stage in engine.stages():
         used = slots if stage.uses_states else 0
         program = engine.lower(stage, 4, SIZE.length, used, device).compile()
         text, memory = program.as_text(), program.memory_analysis()
-        assert not list(tpu_programs.collectives(text))
+        assert not list(tpu_collectives.collectives(text))
         assert product_types(text).count("f32") == 1  # the classifier's
         assert memory.temp_size_in_bytes < 4 * 2**20
         # The hidden states of a stage are written in place.

@@ -1,7 +1,7 @@
-"""Benchmarks that print both sides of their ratios in one run."""
+"""Benchmarks; each measures both sides of its comparison in one run and prints a table."""
 
 import os
 
-# Before any of them imports jax: on a GPU torch takes its turns in the same process, and jax would
-# else take three quarters of the memory for itself.
+# Set before a benchmark imports jax. Otherwise jax would reserve three quarters of a GPU's memory,
+# which torch needs too if it runs in the same process.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")

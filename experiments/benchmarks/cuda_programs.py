@@ -1,8 +1,9 @@
-"""Devices of a CUDA machine that is not there, which XLA compiles for ahead of time.
+"""Describes NVIDIA GPUs that are not present, so that XLA can compile programs for them.
 
-XLA's GPU compiler takes a description of the device in place of one (jax.experimental.topologies);
-nothing runs, and kernels are not chosen by timing them. Needs `pip install "jax[cuda13]"`, whose
-ptxas and libdevice it calls (CUDA_ROOT where they are elsewhere).
+XLA's GPU compiler accepts a description of a device instead of the device
+(jax.experimental.topologies). Nothing runs, and kernels are not chosen by timing them. Needs
+`pip install "jax[cuda13]"`, whose ptxas and libdevice it calls (set CUDA_ROOT if they are
+elsewhere).
 """
 
 import os
@@ -13,8 +14,8 @@ from typing import Any
 
 from jax.experimental import topologies
 
-# A GpuTargetConfigProto of XLA, as text: compute capability 9.0, 132 multiprocessors, 80 GB.
-H100 = """
+# XLA's GpuTargetConfigProto as text: compute capability 9.0, 132 multiprocessors, 80 GB.
+_H100 = """
 gpu_device_info {
   threads_per_block_limit: 1024
   threads_per_warp: 32
@@ -41,9 +42,9 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 """
 
 
-def devices_of(count: int) -> list[Any]:
-    """Returns so many described H100s, each of a process of its own."""
-    described = topologies.get_topology_desc(
-        platform="cuda", topology_name="", target_config=H100, topology=f"1x{count}x1"
+def describe_devices(count: int) -> list[Any]:
+    """Returns descriptions of `count` H100s, each in a process of its own."""
+    topology = topologies.get_topology_desc(
+        platform="cuda", topology_name="", target_config=_H100, topology=f"1x{count}x1"
     )
-    return list(described.devices)
+    return list(topology.devices)

@@ -1,17 +1,17 @@
-"""Measures the JAX engine beside its programs: milliseconds an exit, one text at a time.
+"""Measures the time that the JAX engine spends outside its programs, for one text at a time.
 
     python -m experiments.benchmarks.overhead
-    python -m experiments.benchmarks.overhead --beside=DIR    # another checkout, taking turns
-    python -m experiments.benchmarks.overhead --sizes         # of batches: milliseconds per text
+    python -m experiments.benchmarks.overhead --beside=DIR    # in turns with another checkout
+    python -m experiments.benchmarks.overhead --sizes         # milliseconds per text by batch size
 
-MiniLM's shape with random heads at layers 1, 2, 4 and 6, texts of 24 tokens that pass every exit,
-on one core. "in the programs" is the time from the call of each program until its outputs are
-there; the rest of `AdaptiveClassifier.predict`, from the string to the prediction, is overhead. It
-is measured in the same calls, of which each side's children take turns; the time is that of the
-processor, which other programs disturb less than the clock.
+MiniLM's shape with random heads at layers 1, 2, 4 and 6 classifies texts of 24 tokens that pass
+every exit, on one core. "in the programs" is the time from the call of each program until its
+outputs are available. The rest of `AdaptiveClassifier.predict`, from the string to the prediction,
+is overhead, measured in the same calls. With --beside, processes of both checkouts are run in
+turns. Prints milliseconds of processor time, which other programs disturb less than the wall clock.
+Takes about half a minute for a checkout, and some minutes with --sizes.
 """
 
-import argparse
 import json
 import os
 import statistics
@@ -23,108 +23,80 @@ from pathlib import Path
 
 import numpy as np
 
-TEXTS, TURNS, TOKENS, EXITS = 400, 3, 24, 4
+from experiments.benchmarks.tables import table_head, table_row
+from sweet_jax.arguments import ArgumentParser, run_command
+from sweet_jax.errors import UserError
+
+_TEXTS, _TURNS, _TOKENS, _EXITS = 400, 3, 24, (1, 2, 4, 6)
 
 
-def measure(folder: str) -> list[list[float]]:
-    """Returns [milliseconds of a prediction, of these in the programs] of every text."""
-    import jax
-
-    from sweet_jax import AdaptiveClassifier
-    from sweet_jax.inference.engine_jax import JaxEngine
-
-    inside, make = [0.0], JaxEngine._program
-
-    def timed(engine: JaxEngine, *key):
-        program = make(engine, *key)
-
-        def run(*arguments):
-            began = time.process_time()
-            found = program(*arguments)
-            jax.block_until_ready(found)
-            inside[0] += time.process_time() - began
-            return found
-
-        return run
-
-    JaxEngine._program = timed
-    classifier = AdaptiveClassifier.from_pretrained(folder, engine="jax", threshold=2.0)
-    text, found = " ".join(["film"] * (TOKENS - 2)), []
-    for _ in range(TEXTS + 20):
-        inside[0], began = 0.0, time.process_time()
-        classifier.predict([text], 1, "latency")
-        found.append([1e3 * (time.process_time() - began), 1e3 * inside[0]])
-    return found[20:]  # the first compile and fill caches
-
-
-def compare(folder: str, sides: dict[str, Path]) -> None:
-    """Prints a line for each checkout."""
-    times: dict[str, list[list[float]]] = {name: [] for name in sides}
-    for _ in range(TURNS):
-        for name, root in sides.items():
-            command = [sys.executable, str(Path(__file__).resolve()), f"--model={folder}"]
+def compare(model: str, checkouts: dict[str, Path]) -> None:
+    """Prints a row for each checkout."""
+    times: dict[str, list[list[float]]] = {name: [] for name in checkouts}
+    script = Path(__file__).resolve().with_name("overhead_process.py")
+    for _ in range(_TURNS):
+        for name, root in checkouts.items():
+            command = [sys.executable, str(script), model, str(_TEXTS), str(_TOKENS)]
             environment = os.environ | {"PYTHONPATH": str(root)}
-            done = subprocess.run(
+            process = subprocess.run(
                 command, cwd=root, env=environment, check=True, stdout=subprocess.PIPE, text=True
             )
-            times[name] += json.loads(done.stdout)
-    print("| side | a text | in the programs | overhead an exit, median | least |")
-    print("| --- | --- | --- | --- | --- |")
+            times[name] += json.loads(process.stdout)
+    print(table_head("side", "a text", "in the programs", "overhead an exit, median", "least"))
     for name, rows in times.items():
         whole, inside = (statistics.median(column) for column in zip(*rows, strict=True))
-        each = [(a - b) / EXITS for a, b in rows]
-        print(
-            f"| {name} | {whole:.2f} | {inside:.2f} | {statistics.median(each):.3f} | "
-            f"{min(each):.3f} |"
-        )
+        overhead = [(total - part) / len(_EXITS) for total, part in rows]
+        numbers = (whole, inside, statistics.median(overhead), min(overhead))
+        print(table_row(name, *(f"{n:.{d}f}" for n, d in zip(numbers, (2, 2, 3, 3), strict=True))))
 
 
-def measure_sizes(folder: str) -> None:
-    """Prints the milliseconds per text of one stage, by batch size and length, unsplit."""
+def measure_sizes(model: str) -> None:
+    """Prints the milliseconds per text of one stage, by length and batch size, without splits."""
     from sweet_jax import AdaptiveClassifier
     from sweet_jax.inference.batch_split import Splitting
     from sweet_jax.inference.engine import StageBatch
 
-    engine = AdaptiveClassifier.from_pretrained(folder, engine="jax").engine
-    # Unsplit, which no option asks for: what is measured here decides where to split.
+    engine = AdaptiveClassifier.from_pretrained(model, engine="jax").engine
+    # No option turns splitting off; this measurement decides from which size on batches are split.
     engine._splitting = Splitting(float("inf"), 0.0)  # type: ignore[attr-defined]
-    stage = engine.stages(exit_rates=[0.0] * EXITS)[2]
+    stage = engine.stages(exit_rates=[0.0] * len(_EXITS))[2]
     sizes = (1, 2, 4, 8, 16, 32)
-    print(f"| tokens | {' | '.join(map(str, sizes))} |")
-    print(f"{'| --- ' * (1 + len(sizes))}|")
+    print(table_head("tokens", *map(str, sizes)))
     for length in (16, 24, 32, 48, 64, 96, 128):
-        found = []
+        cells = []
         for size in sizes:
             rows = np.stack([np.arange(size), np.full(size, length)]).astype(np.int32)
             states, times = engine.new_states(size, length), []
             for _ in range(max(8, 600 // (size * length))):
-                began = time.process_time()
+                start = time.process_time()
                 states = engine.run(stage, StageBatch(length, rows), states).states
-                times.append(time.process_time() - began)
-            found.append(f"{1e3 * min(times) / size:.2f}")
-        print(f"| {length} | {' | '.join(found)} |", flush=True)
+                times.append(time.process_time() - start)
+            cells.append(f"{1e3 * min(times) / size:.2f}")
+        print(table_row(length, *cells), flush=True)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--beside", type=Path, help="another checkout")
-    parser.add_argument("--sizes", action="store_true")
-    parser.add_argument("--model", help=argparse.SUPPRESS)  # of a child
-    options = parser.parse_args()
-    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-1:])
-    if options.model:
-        json.dump(measure(options.model), sys.stdout)
-        return
-    from experiments.benchmarks.engines import CHECKPOINT, write_model
+def main(argv: list[str] | None = None) -> None:
+    """Prints the overhead of each checkout, or with --sizes the times of a stage."""
+    parser = ArgumentParser("experiments.benchmarks.overhead", __doc__ or "")
+    parser.add_argument("--beside", type=Path, help="root folder of another checkout")
+    parser.add_argument("--sizes", action="store_true", help="time one stage by batch size instead")
+    options = parser.parse_args(argv)
+    if options.beside and not (options.beside / "sweet_jax").is_dir():
+        raise UserError(f"--beside={str(options.beside)!r} is not a checkout of this project")
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-1:])  # before jax starts its threads
+    from experiments.benchmarks.engines import CHECKPOINT
+    from experiments.benchmarks.random_models import write_with_random_heads
 
-    here = Path(__file__).resolve().parents[2]
-    sides = {"this": here} | ({"beside": options.beside.resolve()} if options.beside else {})
+    checkouts = {"this": Path(__file__).resolve().parents[2]}
+    if options.beside:
+        checkouts["beside"] = options.beside.resolve()
     with tempfile.TemporaryDirectory() as name:
-        write_model(Path(name) / "model", CHECKPOINT, (1, 2, 4, 6))
-        measure_sizes(f"{name}/model") if options.sizes else compare(f"{name}/model", sides)
+        write_with_random_heads(Path(name) / "model", CHECKPOINT, _EXITS, max_length=128)
+        if options.sizes:
+            measure_sizes(f"{name}/model")
+        else:
+            compare(f"{name}/model", checkouts)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(main))

@@ -1,9 +1,10 @@
-"""The full model as a program without early exits runs it: torch, and one graph in ONNX Runtime.
+"""Runs the full model without early exits, as one would otherwise: in torch and in ONNX Runtime.
 
-The graphs are those that torch.onnx exports of transformers' own model of the same config.json,
-with ONNX Runtime's optimizer for transformers where that is faster, and its dynamic quantisation,
-per channel. Where torch is not installed they are this library's own, all layers in one session.
-Weights are random, since they do not bear on time.
+The graphs for ONNX Runtime are exported by torch from transformers' own model of the same
+config.json. In float32 they are optimized by ONNX Runtime's optimizer for transformers if that is
+faster, and for int8 they are quantized dynamically, per channel. If torch is not installed, they
+are this library's own graphs, with all layers in one session. The weights of transformers' models
+are random, because times do not depend on them.
 
 Shape letters: B batch, L length.
 """
@@ -12,72 +13,82 @@ import importlib.util
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from sweet_jax.inference.artifact import ModelArtifact
 
-# Of texts int32 [2, B, L] (ids and token types) and mask int64 [B, L].
-Answer = Callable[[np.ndarray, np.ndarray], np.ndarray]
+if TYPE_CHECKING:
+    import onnxruntime
+
+# From token ids and token types, int32 [2, B, L], and the mask int64 [B, L], to logits.
+FullModel = Callable[[np.ndarray, np.ndarray], np.ndarray]
 _INPUTS = ("input_ids", "attention_mask", "token_type_ids")
-_ROUNDS = 20  # to find the faster of two graphs
+_ROUNDS = 20  # timed calls to find the faster of two graphs
 
 
-def plain_answers(model: ModelArtifact, threads: int, folder: Path) -> dict[str, Answer]:
-    """Returns the sides by name; graphs are written to an empty folder."""
+def load_full_models(model: ModelArtifact, threads: int, folder: Path) -> dict[str, FullModel]:
+    """Returns the full models by name; writes graphs to an empty folder."""
     if importlib.util.find_spec("torch") is None:
-        return _own_graphs(model, threads)
+        return {
+            "plain onnxruntime": _run_own_graph(model, "float32", threads),
+            "plain onnxruntime/int8": _run_own_graph(model, "int8", threads),
+        }
     import torch
 
     torch.set_num_threads(threads)
-    network = _network(model, "sdpa")
+    network, names = _make_network(model, "sdpa"), _input_names(model)
 
-    def in_torch(texts: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    def run_torch(texts: np.ndarray, mask: np.ndarray) -> np.ndarray:
         arrays = {name: torch.from_numpy(x) for name, x in _feed(texts, mask).items()}
         with torch.inference_mode():
-            return network(**{name: arrays[name] for name in _names(model)}).logits.numpy()
+            return network(**{name: arrays[name] for name in names}).logits.numpy()
 
-    path = _export(model, folder)
-    _optimize(model, path, folder / "optimized.onnx")
-    candidates = [_session(each, threads) for each in (path, folder / "optimized.onnx")]
+    exported = _export(model, folder)
+    _optimize(model, exported, folder / "optimized.onnx")
+    candidates = [_run_graph(path, threads) for path in (exported, folder / "optimized.onnx")]
     faster = min(candidates, key=_milliseconds)
-    _quantize(path, folder / "int8.onnx")
+    _quantize(exported, folder / "int8.onnx")
     return {
-        "torch": in_torch,
+        "torch": run_torch,
         "plain onnxruntime": faster,
-        "plain onnxruntime/int8": _session(folder / "int8.onnx", threads),
+        "plain onnxruntime/int8": _run_graph(folder / "int8.onnx", threads),
     }
 
 
-def _own_graphs(model: ModelArtifact, threads: int) -> dict[str, Answer]:
+def start_full_session(
+    model: ModelArtifact, precision: str, threads: int, *, every_token: bool = False
+) -> "onnxruntime.InferenceSession":
+    """Returns a session of this library's graph of a saved model's deepest network, without exits.
+
+    every_token: whether the last layer is computed at every token, and not only where the last exit
+      reads it.
+    """
     from sweet_jax.inference.engine_onnx import start_session
     from sweet_jax.inference.network import load_networks
     from sweet_jax.inference.onnx_build import build_segment
     from sweet_jax.inference.onnx_segments import Segment
 
     network = load_networks(model)[-1]
-    whole = Segment(1, network.exits[-1], embeds=True, exits=True, returns_states=False)
-
-    def answer(precision: str) -> Answer:
-        session = start_session(build_segment(network, whole, precision), threads)
-
-        def run(texts: np.ndarray, mask: np.ndarray) -> np.ndarray:
-            tokens = mask.sum(axis=1).astype(np.int32)  # [B]
-            given = {"input_ids": texts[0], "token_type_ids": texts[1], "tokens": tokens}
-            names = {each.name for each in session.get_inputs()}
-            return session.run(["logits"], {k: v for k, v in given.items() if k in names})[0]
-
-        return run
-
-    return {
-        "plain onnxruntime": answer("float32"),
-        "plain onnxruntime/int8": answer("int8"),
-    }
+    whole = Segment(1, network.exits[-1], embeds=True, exits=True, returns_states=every_token)
+    return start_session(build_segment(network, whole, precision), threads)
 
 
-def _network(model: ModelArtifact, attention: str) -> Any:
-    """Returns transformers' model of a config.json; some families have eager attention only."""
+def _run_own_graph(model: ModelArtifact, precision: str, threads: int) -> FullModel:
+    session = start_full_session(model, precision, threads)
+    names = {each.name for each in session.get_inputs()}  # some families have no token types
+
+    def run(texts: np.ndarray, mask: np.ndarray) -> np.ndarray:
+        tokens = mask.sum(axis=1).astype(np.int32)  # [B]
+        arrays = {"input_ids": texts[0], "token_type_ids": texts[1], "tokens": tokens}
+        return session.run(["logits"], {k: v for k, v in arrays.items() if k in names})[0]
+
+    return run
+
+
+def _make_network(model: ModelArtifact, attention: str) -> Any:
+    """Returns transformers' model; some families only have eager attention."""
     import transformers
 
     config = transformers.AutoConfig.from_pretrained(model.folder, num_labels=len(model.classes))
@@ -88,8 +99,8 @@ def _network(model: ModelArtifact, attention: str) -> Any:
         return make(config, attn_implementation="eager").eval()
 
 
-def _names(model: ModelArtifact) -> tuple[str, ...]:
-    """Returns the inputs; MPNet has no token types."""
+def _input_names(model: ModelArtifact) -> tuple[str, ...]:
+    """Returns the names of the inputs of transformers' model; MPNet has no token types."""
     import transformers
 
     config = transformers.AutoConfig.from_pretrained(model.folder)
@@ -102,15 +113,15 @@ def _feed(texts: np.ndarray, mask: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def _export(model: ModelArtifact, folder: Path) -> Path:
-    """Writes the graph that torch traces: its attention is what the optimizer looks for."""
+    """Writes the graph that torch traces, with the eager attention that the optimizer looks for."""
     import torch
 
-    names, path = _names(model), folder / "exported.onnx"
+    names, path = _input_names(model), folder / "exported.onnx"
 
     class Logits(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.network = _network(model, "eager")
+            self.network = _make_network(model, "eager")
 
         def forward(self, *arrays: torch.Tensor) -> torch.Tensor:
             return self.network(**dict(zip(names, arrays, strict=True))).logits
@@ -134,14 +145,14 @@ def _optimize(model: ModelArtifact, source: Path, target: Path) -> None:
     from onnxruntime.transformers import optimizer
 
     config = transformers.AutoConfig.from_pretrained(model.folder)
-    found = optimizer.optimize_model(
+    optimized = optimizer.optimize_model(
         str(source),
         model_type="bert",
         num_heads=config.num_attention_heads,
         hidden_size=config.hidden_size,
         opt_level=0,
     )
-    found.save_model_to_file(str(target))
+    optimized.save_model_to_file(str(target))
 
 
 def _quantize(source: Path, target: Path) -> None:
@@ -150,30 +161,30 @@ def _quantize(source: Path, target: Path) -> None:
     quantize_dynamic(source, target, per_channel=True, weight_type=QuantType.QInt8)
 
 
-def _session(path: Path, threads: int) -> Answer:
+def _run_graph(path: Path, threads: int) -> FullModel:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = threads, 3
     session = onnxruntime.InferenceSession(str(path), options, ["CPUExecutionProvider"])
-    kinds = {"tensor(int64)": np.int64, "tensor(int32)": np.int32}
-    wanted = {each.name: kinds[each.type] for each in session.get_inputs()}
+    dtypes = {"tensor(int64)": np.int64, "tensor(int32)": np.int32}
+    inputs = {each.name: dtypes[each.type] for each in session.get_inputs()}
 
     def run(texts: np.ndarray, mask: np.ndarray) -> np.ndarray:
         arrays = _feed(texts, mask)
-        given = {name: arrays[name].astype(kind, copy=False) for name, kind in wanted.items()}
-        return session.run(["logits"], given)[0]
+        feed = {name: arrays[name].astype(dtype, copy=False) for name, dtype in inputs.items()}
+        return session.run(["logits"], feed)[0]
 
     return run
 
 
-def _milliseconds(answer: Answer) -> float:
-    """Returns the least time of a text of 24 tokens."""
+def _milliseconds(run: FullModel) -> float:
+    """Returns the least time for one text of 24 tokens."""
     texts, mask = np.full((2, 1, 24), 7, np.int32), np.ones((1, 24), np.int64)
     texts[1] = 0
     seconds = []
     for _ in range(_ROUNDS):
-        began = time.perf_counter()
-        answer(texts, mask)
-        seconds.append(time.perf_counter() - began)
+        start = time.perf_counter()
+        run(texts, mask)
+        seconds.append(time.perf_counter() - start)
     return 1e3 * min(seconds)

@@ -1,16 +1,16 @@
-"""The full model of a saved one behind a plain server: ONNX Runtime, tokenizers and Starlette.
+"""Serves the full model of a saved model, without early exits, by ONNX Runtime and Starlette.
 
     pip install -e ".[onnx,serve]"
     python -m experiments.benchmarks.plain_server --model=runs/x/model --port=8001
 
-What a team would write without early exits, and what `serve_load --plain` compares with: each
-request is a batch of its own, tokenized, padded and run by one of a pool of threads, in one session
-of the whole network as one graph with fused attention and norms.
+This is a server as one would write it without this project, for comparison by `serve_load --plain`.
+Each request is a batch of its own: a thread of a pool tokenizes it, pads it and runs it in one
+session, which has the whole network as one graph with fused attention and norms.
 """
 
-import argparse
 import json
 import os
+import sys
 
 import numpy as np
 import uvicorn
@@ -20,21 +20,18 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.routing import Route
 
+from experiments.benchmarks.plain_inference import start_full_session
+from sweet_jax.arguments import ArgumentParser, run_command
 from sweet_jax.data.batches import encode
 from sweet_jax.inference.artifact import open_model
-from sweet_jax.inference.engine_onnx import physical_cores, start_session
-from sweet_jax.inference.network import load_networks
-from sweet_jax.inference.onnx_build import build_segment
-from sweet_jax.inference.onnx_segments import Segment
+from sweet_jax.inference.engine_onnx import physical_cores
 from sweet_jax.objectives.objective import softmax
 
 
 def make_app(folder: str, precision: str) -> Starlette:
     """Returns the application, which answers POST /predict of {"texts": [...]}."""
     model = open_model(folder)
-    network = load_networks(model)[-1]
-    whole = Segment(1, network.exits[-1], embeds=True, exits=True, returns_states=False)
-    session = start_session(build_segment(network, whole, precision), physical_cores())
+    session = start_full_session(model, precision, physical_cores())
     temperature = np.asarray([model.resolver.calibrator.temperatures[-1]])[:, None]
 
     def classify(texts: list[str]) -> list[dict[str, object]]:
@@ -45,8 +42,11 @@ def make_app(folder: str, precision: str) -> Starlette:
             row[: len(values)] = values
         inputs = {"input_ids": padded, "token_type_ids": np.zeros_like(padded), "tokens": tokens}
         (logits,) = session.run(["logits"], inputs)  # [B, C]
-        found = softmax(logits / temperature)
-        return [{"label": model.classes[p.argmax()], "probability": float(p.max())} for p in found]
+        probabilities = softmax(logits / temperature)
+        return [
+            {"label": model.classes[p.argmax()], "probability": float(p.max())}
+            for p in probabilities
+        ]
 
     async def predict(request: Request) -> JSONResponse:
         try:
@@ -58,18 +58,22 @@ def make_app(folder: str, precision: str) -> Starlette:
     return Starlette(routes=[Route("/predict", predict, methods=["POST"])])
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+def main(argv: list[str] | None = None) -> None:
+    """Serves until the process is ended."""
+    parser = ArgumentParser("experiments.benchmarks.plain_server", __doc__ or "")
+    parser.add_argument(
+        "--model", required=True, help="model/ folder of a run that classifies single texts"
     )
-    parser.add_argument("--model", required=True, help="model/ of a run, of single texts")
-    parser.add_argument("--precision", default="float32", help="float32 (default) or int8")
+    precisions = ("float32", "int8")
+    parser.add_argument(
+        "--precision", default="float32", choices=precisions, help="(default float32)"
+    )
     parser.add_argument("--port", type=int, default=8001, help="(default 8001)")
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     app = make_app(options.model, options.precision)
     uvicorn.run(app, port=options.port, log_level="warning", backlog=1024)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(main))

@@ -1,21 +1,22 @@
-"""Segment-parallel training against one device and against data parallelism on the same devices.
+"""Compares segment-parallel training with one device and with data parallelism.
 
     python -m experiments.benchmarks.segments --devices=2
 
-SWEET, float32, one batch over and over. On GPUs all visible ones are used (CUDA_VISIBLE_DEVICES).
-Utilisation is the time that the devices' programs take alone over the time that all devices are
-held: 1 is a pipeline without gaps. Bytes are those of one device, of the busiest: arguments
-(parameters, optimizer state, batch), results and temporaries, as the compiler counts them. About 8
-minutes on 2 cores.
+SWEET in float32, on the same batch in every step. On GPUs, all visible ones are used
+(CUDA_VISIBLE_DEVICES). "utilisation" is the time that the programs of all devices take alone,
+divided by the time for which all devices are occupied: 1 means a pipeline without gaps. "MiB a
+device" are those of the busiest device, as the compiler counts them: arguments (parameters,
+optimizer state, batch), results and temporaries. Takes about 8 minutes on 2 cores.
 
-Expected: the assignment of whole segments bounds the gain (exits 1, 4, 6, 12 on two devices: 6
-layers each, at most 2). The devices of a CPU share its cores, which one of them fills already:
-there the speed-up is at most 1 and the utilisation at most 1 / devices, and only what the
-splitting itself costs, and the bytes, are to be read.
+Expected: the assignment of whole segments limits the speed-up (exits 1, 4, 6, 12 on two devices: 6
+layers each, so at most 2). Devices of a CPU share its cores, all of which a single device keeps
+busy: the speed-up is then at most 1 and the utilisation at most 1 / devices, so that only the
+memory and the overhead of splitting can be read from the table.
 
 Shape letters: B batch, L length.
 """
 
+import sys
 import time
 from collections.abc import Callable
 from typing import NamedTuple
@@ -24,8 +25,16 @@ import jax
 import numpy as np
 from flax import nnx
 
-from experiments.benchmarks import shapes
-from experiments.benchmarks.shapes import RATE, SHAPES, Shape, Size, random_rows
+from experiments.benchmarks.shapes import (
+    LEARNING_RATE,
+    SHAPES,
+    Shape,
+    Size,
+    parse_size,
+    random_rows,
+)
+from experiments.benchmarks.tables import describe_machine, table_head, table_row
+from sweet_jax.arguments import ArgumentParser, run_command
 from sweet_jax.config import Config
 from sweet_jax.training.fit import step_settings
 from sweet_jax.training.parallel import compile_step
@@ -40,57 +49,62 @@ from sweet_jax.training.sharding import batch_sharding, make_mesh, reshard, stat
 from sweet_jax.training.step import State, init_state
 
 
-class Way(NamedTuple):
-    """One way to train on some devices."""
+class Side(NamedTuple):
+    """Describes one way to train on some devices."""
 
     name: str
     devices: int
-    steps: Callable[[int], None]  # takes so many, and waits for the last
-    # Seconds that its programs take in a step, one after the other, if they are several.
-    alone: Callable[[], float] | None
+    take_steps: Callable[[int], None]  # takes a number of steps, and waits for the last
+    # Takes a step of several programs one after the other; returns the sum over programs of seconds
+    # times devices. None for a single program.
+    time_programs: Callable[[], float] | None
     mebibytes: float  # of the busiest device
 
 
-def settings_of(shape: Shape, size: Size) -> StepSettings:
-    """SWEET's step."""
+def make_settings(shape: Shape, size: Size) -> StepSettings:
+    """Returns the constants of SWEET's step."""
     graphdef = nnx.split(nnx.eval_shape(shape.model))[0]
     config = Config(exits=shape.exits, batch_size=size.batch, epochs=1000).resolved()
     return step_settings(config, graphdef, shape.exits, rows=1000)
 
 
-def initial(shape: Shape) -> State:
-    """Returns a state on the host."""
+def make_state(shape: Shape) -> State:
+    """Returns the state of one replica before the first step, on the host."""
     params = nnx.to_pure_dict(nnx.split(shape.model())[1])
-    return jax.tree.map(np.asarray, init_state(params, RATE, 0))
+    return jax.tree.map(np.asarray, init_state(params, LEARNING_RATE, 0))
 
 
-def together(name: str, shape: Shape, size: Size, devices: list[jax.Device]) -> Way:
-    """Times steps that all devices take together, the rows spread over them."""
+def make_rows(shape: Shape, size: Size) -> dict[str, np.ndarray]:
+    """Returns a random batch of one replica on the host: arrays [B, L] and [B]."""
+    return {k: x[0] for k, x in random_rows(shape.config.vocab_size, size, 1).items()}
+
+
+def make_data_parallel(name: str, shape: Shape, size: Size, devices: list[jax.Device]) -> Side:
+    """Returns the side on which all devices take each step together, with some of the rows each."""
     mesh = make_mesh(1, size.batch, devices)
-    host = initial(shape)
+    host = make_state(shape)
     shardings = state_shardings(mesh, host, 1)
     state = reshard(host, shardings)
-    rows = {k: x[0] for k, x in random_rows(shape.config.vocab_size, size, 1).items()}
-    batch = jax.device_put(rows, batch_sharding(mesh, 1))
-    settings = settings_of(shape, size)
+    batch = jax.device_put(make_rows(shape, size), batch_sharding(mesh, 1))
+    settings = make_settings(shape, size)
     schedule = settings.schedule
     step = compile_step(settings, 1, shardings).lower(state, batch, schedule).compile()
 
-    def steps(count: int) -> None:
+    def take_steps(count: int) -> None:
         nonlocal state
         for _ in range(count):
             state, _ = step(state, batch, schedule)
         jax.block_until_ready(state)
 
-    return Way(name, len(devices), steps, None, mebibytes(step))
+    return Side(name, len(devices), take_steps, None, count_mebibytes(step))
 
 
-def in_segments(shape: Shape, size: Size) -> Way:
-    """Times steps where each group of devices trains its own segments."""
-    settings = settings_of(shape, size)
+def make_segment_parallel(shape: Shape, size: Size) -> Side:
+    """Returns the side on which each group of devices trains its own segments."""
+    settings = make_settings(shape, size)
     groups = make_device_groups(shape.exits, 1, size.batch)
-    parts = split_state(initial(shape), groups, shape.exits)
-    rows = {k: x[0] for k, x in random_rows(shape.config.vocab_size, size, 1).items()}
+    parts = split_state(make_state(shape), groups, shape.exits)
+    rows = make_rows(shape, size)
     states, batches, programs, carried = [], [], [], None
     for group, part in zip(groups, parts, strict=True):
         shardings = state_shardings(group.mesh, part, 1)
@@ -103,99 +117,97 @@ def in_segments(shape: Shape, size: Size) -> Way:
         programs.append(program.compile())
         states[-1], _, carried = programs[-1](states[-1], batches[-1], carried)
 
-    def step(*, wait: bool) -> float:
-        carried, seconds = None, 0.0
+    def take_step(*, wait: bool) -> float:
+        carried, device_seconds = None, 0.0
         for index, group in enumerate(groups):
             carried = jax.tree.map(lambda x, to=group.mesh: transfer(x, to), carried)
-            began = time.perf_counter()
+            start = time.perf_counter()
             states[index], _, carried = programs[index](states[index], batches[index], carried)
             if wait:
                 jax.block_until_ready((states[index], carried))
-            seconds += (time.perf_counter() - began) * group.mesh.size
-        return seconds
+            device_seconds += (time.perf_counter() - start) * group.mesh.size
+        return device_seconds
 
-    def steps(count: int) -> None:
+    def take_steps(count: int) -> None:
         for _ in range(count):
-            step(wait=False)
+            take_step(wait=False)
         jax.block_until_ready(states)
 
     name = "segments " + " / ".join(
         ",".join(str(shape.exits[segment]) for segment in group.segments) for group in groups
     )
-    return Way(
+    return Side(
         name,
         jax.device_count(),
-        steps,
-        lambda: step(wait=True),
-        max(map(mebibytes, programs)),
+        take_steps,
+        lambda: take_step(wait=True),
+        max(map(count_mebibytes, programs)),
     )
 
 
-def mebibytes(program: jax.stages.Compiled) -> float:
-    """Returns what a program needs on each of its devices."""
-    found = program.memory_analysis()
-    size = found.argument_size_in_bytes + found.temp_size_in_bytes + found.output_size_in_bytes
-    return (size - found.alias_size_in_bytes) / 2**20
-
-
-def timed(steps: Callable[[int], None], count: int = 1) -> float:
-    """Seconds of a step."""
-    began = time.perf_counter()
-    steps(count)
-    return (time.perf_counter() - began) / count
+def count_mebibytes(program: jax.stages.Compiled) -> float:
+    """Returns the memory that a program needs on each of its devices, in MiB."""
+    memory = program.memory_analysis()
+    size = memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes
+    return (size - memory.alias_size_in_bytes) / 2**20
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Makes devices of a CPU, and compares."""
-    parser = shapes.parser(__doc__)
-    parser.add_argument("--shape", default="bert-base", choices=SHAPES)
-    parser.add_argument("--size", default="16x128", type=shapes.size, help="batch x length")
-    parser.add_argument("--devices", type=int, default=2, help="of a CPU; default: 2")
-    parser.add_argument("--steps", type=int, default=4, help="timed steps of a round")
-    parser.add_argument("--rounds", type=int, default=3, help="the median is printed")
+    """Prints a row for each side."""
+    parser = ArgumentParser("experiments.benchmarks.segments", __doc__ or "")
+    text = "(default bert-base)"
+    parser.add_argument("--shape", default="bert-base", choices=SHAPES, help=text)
+    text = "batch x length (default 16x128)"
+    parser.add_argument("--size", default=Size(16, 128), type=parse_size, help=text)
+    text = "number of devices that a CPU counts as (default 2)"
+    parser.add_argument("--devices", type=int, default=2, help=text)
+    parser.add_argument("--steps", type=int, default=4, help="timed steps per turn (default 4)")
+    parser.add_argument("--rounds", type=int, default=3, help="turns of each side (default 3)")
     options = parser.parse_args(argv)
-    jax.config.update("jax_num_cpu_devices", options.devices)  # before the first is touched
-    print(shapes.head_line("flax"))
+    jax.config.update("jax_num_cpu_devices", options.devices)  # before jax makes its devices
+    print(describe_machine("flax"))
     print(f"{options.shape}, batch {options.size}, {options.steps} steps a round\n")
     compare(SHAPES[options.shape], options.size, options.steps, options.rounds)
 
 
-def compare(shape: Shape, size: Size, count: int, rounds: int) -> None:
-    """Prints a row for each way, measured one after the other in every round of `count` steps."""
+def compare(shape: Shape, size: Size, steps: int, rounds: int) -> None:
+    """Prints a row for each side; they are timed in turns of a number of steps."""
     devices = jax.devices()
-    ways = [
-        together("one device", shape, size, devices[:1]),
-        together("data-parallel", shape, size, devices),
-        in_segments(shape, size),
+    sides = [
+        make_data_parallel("one device", shape, size, devices[:1]),
+        make_data_parallel("data-parallel", shape, size, devices),
+        make_segment_parallel(shape, size),
     ]
-    seconds = {way.name: [] for way in ways}
-    alone = {way.name: [] for way in ways}
-    for way in ways:
-        way.steps(2)
+    seconds = {side.name: [] for side in sides}  # of a step
+    device_seconds = {side.name: [] for side in sides}
+    for side in sides:
+        side.take_steps(2)
     for _ in range(rounds):
-        for way in ways:
-            if way.alone:
-                alone[way.name].append(way.alone())
-            way.steps(1)  # fills the pipeline
-            seconds[way.name].append(timed(way.steps, count))
+        for side in sides:
+            if side.time_programs:
+                device_seconds[side.name].append(side.time_programs())
+            side.take_steps(1)  # fills the pipeline
+            start = time.perf_counter()
+            side.take_steps(steps)
+            seconds[side.name].append((time.perf_counter() - start) / steps)
     columns = ("training", "devices", "ms a step", "speed-up", "utilisation", "MiB a device")
-    print(shapes.table_head(*columns))
-    first = np.median(seconds[ways[0].name])
-    # Of all devices that take each step together, what they spend beyond one's step is overhead.
-    busy = {way.name: np.median(alone[way.name]) if way.alone else first for way in ways}
-    for way in ways:
-        step = np.median(seconds[way.name])
+    print(table_head(*columns))
+    one_device = np.median(seconds[sides[0].name])
+    for side in sides:
+        step = np.median(seconds[side.name])
+        # With data parallelism, all that the devices spend beyond one device's step is overhead.
+        busy = np.median(device_seconds[side.name]) if side.time_programs else one_device
         print(
-            shapes.row(
-                way.name,
-                way.devices,
+            table_row(
+                side.name,
+                side.devices,
                 f"{1000 * step:.0f}",
-                f"{first / step:.2f}",
-                f"{busy[way.name] / (way.devices * step):.2f}",
-                f"{way.mebibytes:.0f}",
+                f"{one_device / step:.2f}",
+                f"{busy / (side.devices * step):.2f}",
+                f"{side.mebibytes:.0f}",
             )
         )
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(main))

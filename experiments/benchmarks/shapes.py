@@ -1,16 +1,12 @@
-"""What the benchmarks of this project's own side share: shapes, random rows, a step, a head line.
+"""Shapes of encoders, random rows, and this project's training step on them.
 
 Shape letters: R replica, B batch, L length.
 """
 
 import argparse
-import datetime
-import os
-import platform
 import time
 from collections.abc import Callable, Sequence
-from importlib.metadata import version
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -35,18 +31,18 @@ from sweet_jax.training.sharding import (
 )
 from sweet_jax.training.step import init_state
 
-CLASSES, RATE = 2, 3e-5
+CLASSES, LEARNING_RATE = 2, 3e-5
 
 
 class Shape(NamedTuple):
-    """The sizes of an encoder, and where it has exits."""
+    """Describes an encoder by its sizes, and the layers that have exits."""
 
     config: EncoderConfig
     exits: tuple[int, ...]
 
     @property
     def family(self) -> EncoderFamily:
-        """The family that the config is of."""
+        """Returns the encoder family of the config."""
         return next(f for f in FAMILIES.values() if f.config is type(self.config))
 
     def model(
@@ -57,7 +53,7 @@ class Shape(NamedTuple):
         remat: bool = False,
         pooling: str = "first",
     ) -> EarlyExit:
-        """Returns a model with random parameters, float32; activations in `dtype`."""
+        """Returns a model with random float32 parameters and activations in `dtype`."""
         key = jax.random.key(seed)
         encoder = self.family.encoder(self.config, key, dtype)
         exit_config = ExitConfig(pooling=pooling, remat=remat)
@@ -76,7 +72,7 @@ _LARGE = {
     "num_attention_heads": 16,
     "intermediate_size": 4096,
 }
-_DEBERTA = {  # of microsoft/deberta-base
+_DEBERTA = {  # as in microsoft/deberta-base
     "position_biased_input": False,
     "relative_attention": True,
     "pos_att_type": ("c2p", "p2c"),
@@ -95,7 +91,7 @@ SHAPES = {
 
 
 class Size(NamedTuple):
-    """Rows of a batch, and tokens of a row."""
+    """Holds the rows of a batch and the tokens of a row."""
 
     batch: int
     length: int
@@ -104,48 +100,20 @@ class Size(NamedTuple):
         return f"{self.batch}x{self.length}"
 
 
-def size(text: str) -> Size:
-    """Parses `16x128`. Raises ArgumentTypeError for anything else."""
+def parse_size(text: str) -> Size:
+    """Parses a size such as 16x128. Raises ArgumentTypeError for anything else."""
     batch, _, length = text.partition("x")
     if not (batch.isdecimal() and length.isdecimal() and int(batch) and int(length)):
         raise argparse.ArgumentTypeError(f"{text!r} is not of the form 16x128: batch x length")
     return Size(int(batch), int(length))
 
 
-def parser(doc: str | None) -> argparse.ArgumentParser:
-    """Returns a parser whose help is a module's docstring as it stands."""
-    return argparse.ArgumentParser(
-        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-
-
-def head_line(*packages: str) -> str:
-    """Returns the line that numbers are read under: machine, versions and date."""
-    device = jax.devices()[0]
-    where = device.device_kind if jax.default_backend() != "cpu" else f"{_processor()}, CPU"
-    versions = ", ".join(f"{name} {version(name)}" for name in ("jax", *packages))
-    return (
-        f"{where}, {os.cpu_count()} cores; {versions}, Python {platform.python_version()}; "
-        f"{datetime.date.today()}"
-    )
-
-
-def _processor() -> str:
-    return platform.processor() or platform.machine()
-
-
-def row(*cells: Any) -> str:
-    """Returns one row of a Markdown table."""
-    return f"| {' | '.join(map(str, cells))} |"
-
-
-def table_head(*names: str) -> str:
-    """Returns the first two lines of a Markdown table."""
-    return f"{row(*names)}\n{row(*('---' for _ in names))}"
-
-
 def random_rows(vocabulary: int, size: Size, replicas: int, seed: int = 0) -> dict[str, np.ndarray]:
-    """Returns a batch without padding: arrays [R, B, L], labels [R, B]."""
+    """Returns a batch of random rows without padding.
+
+    input_ids and token_type_ids are int32 [R, B, L], mask bool [R, B, L], labels int32 [R, B], and
+    row_mask bool [R, B].
+    """
     rng = np.random.default_rng(seed)
     shape = (replicas, *size)
     return {
@@ -157,27 +125,39 @@ def random_rows(vocabulary: int, size: Size, replicas: int, seed: int = 0) -> di
     }
 
 
-class Steps(NamedTuple):
-    """A compiled training step."""
+class TimedStep(NamedTuple):
+    """Holds a compiled training step, ready to be timed."""
 
-    take: Callable[[], None]  # one step of all replicas, awaited
-    compile_seconds: float  # tracing and compiling
-    temporaries: int  # bytes, besides parameters and optimizer state
+    take: Callable[[], None]  # takes one step of all replicas, and waits for it
+    compile_seconds: float  # of tracing and compiling
+    temporaries: int  # bytes, in addition to parameters and optimizer state
 
 
-def training_steps(
+def make_training_step(
     shape: Shape,
     method: str,
     size: Size,
     dtype: str = "float32",
-    replicas: Sequence[tuple[int, float]] = ((0, RATE),),
+    replicas: Sequence[tuple[int, float]] = ((0, LEARNING_RATE),),
     pooling: str = "first",
-) -> Steps:
-    """Compiles our step on one random batch; replicas are (seed, learning rate)."""
+) -> TimedStep:
+    """Compiles this project's training step; each call of it trains on the same random batch.
+
+    Args:
+      shape: shape of the encoder.
+      method: name of the method.
+      size: size of a batch.
+      dtype: dtype of the activations.
+      replicas: seed and learning rate of each replica.
+      pooling: pooling of the exits.
+
+    """
     count = len(replicas)
     graphdef = nnx.split(nnx.eval_shape(lambda: shape.model(0, dtype, pooling=pooling)))[0]
-    run = Config(method=method, exits=shape.exits, batch_size=size.batch, epochs=1000, dtype=dtype)
-    settings = step_settings(run.resolved(), graphdef, shape.exits, rows=1000)
+    config = Config(
+        method=method, exits=shape.exits, batch_size=size.batch, epochs=1000, dtype=dtype
+    )
+    settings = step_settings(config.resolved(), graphdef, shape.exits, rows=1000)
     mesh = make_mesh(count, size.batch)
     states = [
         init_state(
@@ -189,16 +169,16 @@ def training_steps(
     host_state = drop_replica_axis(stacked, count)
     shardings = state_shardings(mesh, host_state, count)
     state = jax.device_put(host_state, shardings)
-    host = drop_replica_axis(random_rows(shape.config.vocab_size, size, count), count)
-    batch = jax.device_put(host, batch_sharding(mesh, count))
-    began = time.perf_counter()
+    host_batch = drop_replica_axis(random_rows(shape.config.vocab_size, size, count), count)
+    batch = jax.device_put(host_batch, batch_sharding(mesh, count))
+    start = time.perf_counter()
     schedule = settings.schedule
     step = compile_step(settings, count, shardings).lower(state, batch, schedule).compile()
-    seconds = time.perf_counter() - began
+    seconds = time.perf_counter() - start
 
     def take() -> None:
         nonlocal state
         state, metrics = step(state, batch, schedule)
         jax.block_until_ready((state, metrics))
 
-    return Steps(take, seconds, step.memory_analysis().temp_size_in_bytes)
+    return TimedStep(take, seconds, step.memory_analysis().temp_size_in_bytes)

@@ -1,97 +1,107 @@
-"""Examples per second of a sweep: all replicas in one program against one run after another.
+"""Compares a sweep whose replicas share one program with one run after another.
 
     python -m experiments.benchmarks.sweep --shape=minilm                  # 2 cores: 10 minutes
     python -m experiments.benchmarks.sweep --shape=bert-base --dtype=bfloat16 --size=16x128  # a GPU
 
-Replicas are 5 learning rates x 3 seeds by default, each with its own parameters, optimizer state
-and rows, SWEET, random weights and rows. Of the runs one after another one is timed, steadily: the
-others are the same program on other numbers. The two sides take turns; the median step counts.
+The replicas are by default 5 learning rates x 3 seeds, each with its own parameters, optimizer
+state and rows: SWEET, with random weights and random rows. Of the separate runs only one is timed,
+because the others are the same program with other numbers. The two sides are timed in turns. Prints
+examples per second, from the median step.
 
-The second ratio is of whole sweeps of --of_steps steps a run (676: 5,400 rows, 2 epochs, batches of
-16), time to compile included, computed from what was measured: the runs one after another compile
-each (as processes without a compilation cache do), or all but the first find the program in one.
-Leave JAX_COMPILATION_CACHE_DIR unset.
+The last two ratios are for whole sweeps of --of_steps steps per run (676: 5,400 rows, 2 epochs,
+batches of 16), including compilation, and are computed from the same measurements. In the first,
+each separate run compiles its program, as processes without a compilation cache do. In the second,
+all but the first run find it in a cache. Leave JAX_COMPILATION_CACHE_DIR unset.
 
-Expected: about 1 on a CPU, whose cores one replica fills; on a GPU at least 3.
+Expected: a ratio of about 1 on a CPU, whose cores one replica keeps busy, and of at least 3 on a
+GPU.
 """
 
 import statistics
-import time
+import sys
 
 from experiments.benchmarks.shapes import (
     SHAPES,
     Size,
-    Steps,
-    head_line,
-    parser,
-    row,
-    size,
-    table_head,
-    training_steps,
+    TimedStep,
+    make_training_step,
+    parse_size,
 )
+from experiments.benchmarks.tables import describe_machine, table_head, table_row
+from experiments.benchmarks.timing import time_in_turns
+from sweet_jax.arguments import ArgumentParser, run_command
 from sweet_jax.config import DTYPES
+from sweet_jax.errors import UserError
 
-RATES = (1e-5, 2e-5, 3e-5, 4e-5, 5e-5)  # the SWEET paper's, appendix A
+_LEARNING_RATES = (1e-5, 2e-5, 3e-5, 4e-5, 5e-5)  # the SWEET paper's, appendix A
 
 
 def replicas(count: int) -> list[tuple[int, float]]:
-    """Returns `count` pairs of seed and rate, every rate for a seed before the next seed."""
-    return [(i // len(RATES), RATES[i % len(RATES)]) for i in range(count)]
-
-
-def timed(sides: list[Steps], rounds: int, steps: int) -> list[float]:
-    """Returns the median seconds of a step of each side, the sides taking turns."""
-    times: list[list[float]] = [[] for _ in sides]
-    for _ in range(rounds):
-        for side, seconds in zip(sides, times, strict=True):
-            side.take()  # the first after the other side's is not counted
-            for _ in range(steps):
-                began = time.perf_counter()
-                side.take()
-                seconds.append(time.perf_counter() - began)
-    return [statistics.median(seconds) for seconds in times]
+    """Returns `count` pairs of seed and learning rate, all rates of a seed before the next seed."""
+    rates = len(_LEARNING_RATES)
+    return [(i // rates, _LEARNING_RATES[i % rates]) for i in range(count)]
 
 
 def main(argv: list[str] | None = None) -> None:
     """Prints a row for each shape and size."""
-    options = parser(__doc__)
-    options.add_argument("--shape", action="append", choices=SHAPES, help="default: minilm")
-    options.add_argument("--size", action="append", type=size, help="default: 16x64; repeats")
-    options.add_argument("--replicas", type=int, default=15, help="at least 2")
-    options.add_argument("--dtype", default="float32", choices=DTYPES, help="of activations")
-    options.add_argument("--rounds", type=int, default=3)
-    options.add_argument("--steps", type=int, default=2, help="of all replicas in a round")
-    options.add_argument("--of_steps", type=int, default=676, help="of a run of the whole sweep")
-    chosen = options.parse_args(argv)
-    count = chosen.replicas
+    parser = ArgumentParser("experiments.benchmarks.sweep", __doc__ or "")
+    parser.add_argument(
+        "--shape", action="append", choices=SHAPES, help="repeatable (default minilm)"
+    )
+    parser.add_argument(
+        "--size", action="append", type=parse_size, help="repeatable (default 16x64)"
+    )
+    parser.add_argument("--replicas", type=int, default=15, help="at least 2 (default 15)")
+    text = "dtype of the activations (default float32)"
+    parser.add_argument("--dtype", default="float32", choices=DTYPES, help=text)
+    parser.add_argument("--rounds", type=int, default=3, help="turns of each side (default 3)")
+    parser.add_argument("--steps", type=int, default=2, help="timed steps per turn (default 2)")
+    parser.add_argument(
+        "--of_steps", type=int, default=676, help="steps of a run in the whole sweep (default 676)"
+    )
+    options = parser.parse_args(argv)
+    count = options.replicas
     if count < 2:
-        options.error(f"--replicas must be 2 or more; got {count}")
-    print(f"{head_line()}\nexamples/s of {count} replicas; compile: seconds for each program\n")
+        raise UserError(f"--replicas must be at least 2; got {count}")
+    title = f"examples/s of {count} replicas; compile: seconds for each program"
+    print(f"{describe_machine()}\n{title}\n")
     columns = ("shape", "batch", "dtype", "together", "one after another", "ratio")
-    more = ("compile together, one", f"ratio over {chosen.of_steps} steps: each compiles", "cached")
-    print(table_head(*columns, *more), flush=True)
-    for name in chosen.shape or ["minilm"]:
-        for at in chosen.size or [Size(16, 64)]:
+    more = ("compile together, one", f"ratio over {options.of_steps} steps: each compiles")
+    print(table_head(*columns, *more, "cached"), flush=True)
+    for name in options.shape or ["minilm"]:
+        for size in options.size or [Size(16, 64)]:
             sides = [
-                training_steps(SHAPES[name], "sweet", at, chosen.dtype, several)
-                for several in (replicas(count), replicas(1))
+                make_training_step(SHAPES[name], "sweet", size, options.dtype, replicas(n))
+                for n in (count, 1)
             ]
-            both, one = timed(sides, chosen.rounds, chosen.steps)
-            compiling = [side.compile_seconds for side in sides]
-            together = compiling[0] + chosen.of_steps * both
-            apart = chosen.of_steps * one * count
-            print(
-                row(
-                    *(name, at, chosen.dtype),
-                    *(f"{at.batch * count / both:.2f}", f"{at.batch / one:.2f}"),
-                    f"{count * one / both:.2f}",
-                    ", ".join(f"{seconds:.1f} s" for seconds in compiling),
-                    f"{(count * compiling[1] + apart) / together:.2f}",
-                    f"{(compiling[1] + apart) / together:.2f}",
-                ),
-                flush=True,
+            times = time_in_turns(
+                [side.take for side in sides], options.rounds, options.steps, skipped=1
             )
+            medians = [statistics.median(seconds) for seconds in times]
+            numbers = _numbers(sides, medians, size, count, options.of_steps)
+            print(table_row(name, size, options.dtype, *numbers), flush=True)
+
+
+def _numbers(
+    sides: list[TimedStep], medians: list[float], size: Size, count: int, steps: int
+) -> list[str]:
+    """Returns the numbers of a row.
+
+    sides, medians: the program and the seconds of its step for all replicas together, and for one.
+    """
+    together, one = medians
+    compile_together, compile_one = (side.compile_seconds for side in sides)
+    sweep_together = compile_together + steps * together
+    sweep_apart = steps * one * count
+    return [
+        f"{size.batch * count / together:.2f}",
+        f"{size.batch / one:.2f}",
+        f"{count * one / together:.2f}",
+        f"{compile_together:.1f} s, {compile_one:.1f} s",
+        f"{(count * compile_one + sweep_apart) / sweep_together:.2f}",
+        f"{(compile_one + sweep_apart) / sweep_together:.2f}",
+    ]
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(main))

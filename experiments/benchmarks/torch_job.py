@@ -1,21 +1,22 @@
-"""The torch side of `experiments.benchmarks.job`: a plain loop, from command to every exit's score.
+"""Trains and evaluates the model of `experiments.benchmarks.job` by a plain loop in torch.
 
     pip install -e ".[torch]"
     python -m experiments.benchmarks.torch_job --checkpoint=DIR --data_dir=DIR --padding=longest
 
-Trains transformers' BertModel (SDPA attention) with exits on SST-2's rows: summed cross-entropy,
-clipping per owner, fused AdamW without decay, linear decay to zero, float32, and evaluates all
-exits on the validation rows in one batched pass. Rows are padded to 256 tokens
-("max_length", as the authors' release does) or to the longest of their batch ("longest"); rows are
-evaluated in the order of their lengths. The last line it prints is JSON. Imports no jax.
+Trains transformers' BertModel (SDPA attention) with exits on rows of SST-2: summed cross-entropy,
+clipping per owner, fused AdamW without weight decay, linear decay to zero, float32. Then evaluates
+all exits on the validation rows, sorted by length, in one batched pass. Rows are padded to
+--max_length tokens ("max_length", as in the authors' release) or to the longest row of their batch
+("longest"). The last line of the output is JSON. Imports no jax.
 
---share takes only that share of the steps, at least two. --release_rows then also times the
-release's evaluation on so many rows: batch 1, padded to 256, once for each of 11 thresholds,
-stopped at the exit; the time of this is reported apart, and is no part of the job.
+With --share, only that share of the steps is taken, but at least two. With --release_rows, the
+release's evaluation is also timed on that many rows: batches of 1, padded to --max_length, once for
+each of 11 thresholds, stopped at the exit. Its time is reported separately, as release_seconds.
 """
 
 import argparse
 import json
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,71 +28,88 @@ import torch
 import transformers
 
 from experiments.benchmarks import torch_model
-from experiments.benchmarks.torch_model import ExitsInTorch
+from experiments.benchmarks.torch_model import EarlyExitInTorch
+from sweet_jax.arguments import ArgumentParser, run_command
+from sweet_jax.errors import UserError
 
-THRESHOLDS = 11
+_THRESHOLDS = 11
 
 
 class Rows(NamedTuple):
-    """Tokens of every row, and its label."""
+    """Holds the tokens and the label of every row."""
 
     ids: list[list[int]]
     labels: np.ndarray  # int64 [N]
 
 
-def read(path: Path, tokenizer: Any, length: int, pick: np.ndarray | None = None) -> Rows:
-    """Reads the rows of a file, or those picked."""
+def read_rows(path: Path, tokenizer: Any, length: int, chosen: np.ndarray | None = None) -> Rows:
+    """Reads the rows of a file, or only those numbered in `chosen`, with at most `length` tokens.
+
+    Raises UserError if the file does not exist.
+    """
+    if not path.is_file():
+        raise UserError(f"{str(path)!r} does not exist: set --data_dir to the folder of GLUE")
     table = pyarrow.parquet.read_table(path)
-    table = table if pick is None else table.take(pick)
+    table = table if chosen is None else table.take(chosen)
     ids = tokenizer(table["sentence"].to_pylist(), truncation=True, max_length=length)["input_ids"]
     return Rows(ids, table["label"].to_numpy())
 
 
-def batches(
+def make_batches(
     rows: Rows, order: np.ndarray, size: int, length: int | None, pad_id: int
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """Yields (ids, mask, labels) of `size` rows, the last ones fewer, on the device.
+    """Yields batches of rows on the device: ids int64 [B, L], mask bool [B, L], labels int64 [B].
 
-    Padded to `length`, None for the longest of them.
+    Args:
+      rows: all rows.
+      order: numbers of the rows to take, in order.
+      size: rows of a batch; the last one may have fewer.
+      length: number of tokens L to pad to, or None for that of the longest row of the batch.
+      pad_id: id of padding.
+
     """
-    where = torch_model.device()
+    device = torch_model.device()
     for start in range(0, len(order), size):
-        picked = order[start : start + size]
-        texts = [rows.ids[n] for n in picked]
+        numbers = order[start : start + size]
+        texts = [rows.ids[n] for n in numbers]
         width = length or max(map(len, texts))
         ids = torch.tensor([text + [pad_id] * (width - len(text)) for text in texts])
-        sizes = torch.tensor([len(text) for text in texts])
-        mask = torch.arange(width) < sizes[:, None]
-        yield ids.to(where), mask.to(where), torch.tensor(rows.labels[picked]).to(where)
+        lengths = torch.tensor([len(text) for text in texts])
+        mask = torch.arange(width) < lengths[:, None]
+        yield ids.to(device), mask.to(device), torch.tensor(rows.labels[numbers]).to(device)
 
 
 def train(
-    model: ExitsInTorch, rows: Rows, options: argparse.Namespace, length: int | None, pad_id: int
+    model: EarlyExitInTorch,
+    rows: Rows,
+    options: argparse.Namespace,
+    length: int | None,
+    pad_id: int,
 ) -> dict[str, Any]:
-    """Trains; returns how many steps there are and were, their losses and seconds."""
+    """Trains the model; returns the steps of the job and those taken, their losses and seconds."""
     steps = -(-len(rows.ids) // options.batch) * options.epochs
-    stop = min(steps, max(2, round(options.share * steps)))
-    owned = model.owned()
+    steps_taken = min(steps, max(2, round(options.share * steps)))
+    owned = model.owned_parameters()
     optimizer = torch_model.make_optimizer(owned, options.learning_rate)
     decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
     rng, losses, seconds = np.random.default_rng(options.seed), [], []
     orders = (rng.permutation(len(rows.ids)) for _ in range(options.epochs))
-    every = (b for o in orders for b in batches(rows, o, options.batch, length, pad_id))
+    batches = (b for o in orders for b in make_batches(rows, o, options.batch, length, pad_id))
     model.train()
     examples = 0
-    for _ in range(stop):
-        began = time.perf_counter()
-        ids, mask, labels = next(every)
+    for _ in range(steps_taken):
+        start = time.perf_counter()
+        ids, mask, labels = next(batches)
         loss = torch_model.summed_loss(model(ids, mask), labels)
         torch_model.update(owned, optimizer, loss)
         decay.step()
         losses.append(float(loss.detach()))  # waits for the step
         examples += len(labels)
-        seconds.append(time.perf_counter() - began)
-    tenth = max(1, stop // 10)
+        seconds.append(time.perf_counter() - start)
+    tenth = max(1, steps_taken // 10)
     return {
         "steps": steps,
-        "steps_taken": stop,
+        "steps_taken": steps_taken,
         "examples": examples,
         "first_step_seconds": seconds[0],
         "later_step_seconds": float(np.mean(seconds[1:])),
@@ -101,25 +119,27 @@ def train(
 
 
 @torch.inference_mode()
-def scores(model: ExitsInTorch, rows: Rows, length: int | None, pad_id: int) -> list[float]:
-    """Returns the accuracy of every exit, in one batched pass."""
+def evaluate(model: EarlyExitInTorch, rows: Rows, length: int | None, pad_id: int) -> list[float]:
+    """Returns the accuracy of every exit, from one batched pass over the rows."""
     order = np.argsort([len(text) for text in rows.ids], kind="stable")
-    right = torch.zeros(len(model.exits), dtype=torch.int64)
+    correct = torch.zeros(len(model.exits), dtype=torch.int64)
     model.eval()
-    for ids, mask, labels in batches(rows, order, 32, length, pad_id):
-        answers = torch.stack(model(ids, mask)).argmax(-1)  # [E, B]
-        right += (answers == labels).sum(-1).cpu()
-    return (right / len(order)).tolist()
+    for ids, mask, labels in make_batches(rows, order, 32, length, pad_id):
+        predictions = torch.stack(model(ids, mask)).argmax(-1)  # [E, B]
+        correct += (predictions == labels).sum(-1).cpu()
+    return (correct / len(order)).tolist()
 
 
 @torch.inference_mode()
-def release_seconds(model: ExitsInTorch, rows: Rows, count: int, length: int, pad_id: int) -> float:
-    """Seconds of the release's evaluation over `count` rows, evenly among all."""
+def time_release(
+    model: EarlyExitInTorch, rows: Rows, count: int, length: int, pad_id: int
+) -> float:
+    """Returns the seconds of the release's evaluation on `count` rows, spaced evenly."""
     model.eval()
-    picked = np.linspace(0, len(rows.ids) - 1, count).astype(int)
-    began = time.perf_counter()
-    for threshold in np.linspace(0.5, 1, THRESHOLDS):
-        for ids, mask, _ in batches(rows, picked, 1, length, pad_id):
+    numbers = np.linspace(0, len(rows.ids) - 1, count).astype(int)
+    start = time.perf_counter()
+    for threshold in np.linspace(0.5, 1, _THRESHOLDS):
+        for ids, mask, _ in make_batches(rows, numbers, 1, length, pad_id):
             h, layer_mask = model.embed(ids, mask)
             for number in range(1, model.exits[-1] + 1):
                 h = model.layer(number, h, layer_mask, None)
@@ -127,49 +147,56 @@ def release_seconds(model: ExitsInTorch, rows: Rows, count: int, length: int, pa
                     logits = model.heads[model.exits.index(number)](h[:, 0])
                     if float(logits.softmax(-1).max()) >= threshold:
                         break
-    return time.perf_counter() - began
+    return time.perf_counter() - start
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Trains, evaluates and prints what there is to know as one line of JSON."""
-    options = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    options.add_argument("--checkpoint", required=True, help="directory of a BERT checkpoint")
-    options.add_argument("--data_dir", required=True, help="sst2/{train,validation}.parquet")
-    options.add_argument("--padding", default="longest", choices=("max_length", "longest"))
-    options.add_argument("--max_length", type=int, default=256)
-    options.add_argument("--exits", default="1,2,4,6")
-    options.add_argument("--method", default="sweet", choices=("sweet", "early_exit"))
-    options.add_argument("--rows", type=int, default=5400)
-    options.add_argument("--epochs", type=int, default=2)
-    options.add_argument("--batch", type=int, default=16)
-    options.add_argument("--learning_rate", type=float, default=3e-4)
-    options.add_argument("--seed", type=int, default=0)
-    options.add_argument("--share", type=float, default=1.0)
-    options.add_argument("--release_rows", type=int, default=0)
-    chosen = options.parse_args(argv)
-    torch.manual_seed(chosen.seed)
-    folder, exits = Path(chosen.data_dir) / "sst2", [int(e) for e in chosen.exits.split(",")]
-    tokenizer = transformers.AutoTokenizer.from_pretrained(chosen.checkpoint)
+    """Trains and evaluates; prints the measurements as one line of JSON."""
+    options = _make_parser().parse_args(argv)
+    torch.manual_seed(options.seed)
+    folder, exits = Path(options.data_dir) / "sst2", [int(e) for e in options.exits.split(",")]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(options.checkpoint)
+    pad_id, max_length = tokenizer.pad_token_id, options.max_length
+    validation = read_rows(folder / "validation.parquet", tokenizer, max_length)
     total = pyarrow.parquet.read_metadata(folder / "train.parquet").num_rows
-    pick = np.random.default_rng(chosen.seed).permutation(total)[: chosen.rows]
-    rows = read(folder / "train.parquet", tokenizer, chosen.max_length, pick)
-    validation = read(folder / "validation.parquet", tokenizer, chosen.max_length)
-    encoder = transformers.BertModel.from_pretrained(chosen.checkpoint, attn_implementation="sdpa")
-    model = ExitsInTorch(encoder, exits, 2, chosen.method).to(torch_model.device())
-    pad = tokenizer.pad_token_id
-    length = chosen.max_length if chosen.padding == "max_length" else None
-    found = {"rows": len(rows.ids), "exits": exits, "validation": len(validation.ids)}
-    found |= train(model, rows, chosen, length, pad)
-    found["scores"] = scores(model, validation, length, pad)
-    found["release_seconds"] = 0.0
-    if chosen.release_rows:
-        found["release_seconds"] = release_seconds(
-            model, validation, chosen.release_rows, chosen.max_length, pad
+    chosen = np.random.default_rng(options.seed).permutation(total)[: options.rows]
+    rows = read_rows(folder / "train.parquet", tokenizer, max_length, chosen)
+    encoder = transformers.BertModel.from_pretrained(options.checkpoint, attn_implementation="sdpa")
+    model = EarlyExitInTorch(encoder, exits, 2, options.method).to(torch_model.device())
+    length = max_length if options.padding == "max_length" else None
+    results = {"rows": len(rows.ids), "exits": exits, "validation": len(validation.ids)}
+    results |= train(model, rows, options, length, pad_id)
+    results["accuracy"] = evaluate(model, validation, length, pad_id)
+    results["release_seconds"] = 0.0
+    if options.release_rows:
+        results["release_seconds"] = time_release(
+            model, validation, options.release_rows, max_length, pad_id
         )
-    print(json.dumps(found))
+    print(json.dumps(results))
+
+
+def _make_parser() -> ArgumentParser:
+    parser = ArgumentParser("experiments.benchmarks.torch_job", __doc__ or "")
+    parser.add_argument("--checkpoint", required=True, help="folder of a BERT checkpoint")
+    parser.add_argument(
+        "--data_dir", required=True, help="folder with sst2/{train,validation}.parquet"
+    )
+    paddings = ("max_length", "longest")
+    parser.add_argument("--padding", default="longest", choices=paddings, help="(default longest)")
+    parser.add_argument("--max_length", type=int, default=256, help="tokens (default 256)")
+    parser.add_argument("--exits", default="1,2,4,6", help="layers (default 1,2,4,6)")
+    methods = ("sweet", "early_exit")
+    parser.add_argument("--method", default="sweet", choices=methods, help="(default sweet)")
+    parser.add_argument("--rows", type=int, default=5400, help="training rows (default 5400)")
+    parser.add_argument("--epochs", type=int, default=2, help="(default 2)")
+    parser.add_argument("--batch", type=int, default=16, help="rows of a batch (default 16)")
+    parser.add_argument("--learning_rate", type=float, default=3e-4, help="(default 3e-4)")
+    parser.add_argument("--seed", type=int, default=0, help="(default 0)")
+    parser.add_argument("--share", type=float, default=1.0, help="of the steps (default 1, all)")
+    text = "validation rows of the release's evaluation (default 0, not timed)"
+    parser.add_argument("--release_rows", type=int, default=0, help=text)
+    return parser
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(main))

@@ -1,6 +1,6 @@
-"""The same model in torch: transformers' encoder, an exit at several layers, and its training step.
+"""The same model in torch: transformers' encoder with exits, and its training step.
 
-Imports no jax: `torch_job` times this side from its first import.
+Imports no jax, because `job` times `torch_job` from its start.
 
 Shape letters: B batch, L length, H hidden, C classes.
 """
@@ -10,17 +10,18 @@ from collections.abc import Sequence
 import torch
 import transformers
 
-ACTIVATIONS = {"tanh": torch.nn.Tanh, "gelu": torch.nn.GELU}
+_ACTIVATIONS = {"tanh": torch.nn.Tanh, "gelu": torch.nn.GELU}
 
 
-class ExitsInTorch(torch.nn.Module):
-    """BertModel or DebertaModel (v1) with pooler, dropout and classifier at each of `exits`.
+class EarlyExitInTorch(torch.nn.Module):
+    """Adds a pooler, dropout and a classifier at each of `exits` to a BertModel or DebertaModel.
 
-    Under "sweet" hidden states (and DeBERTa's table of relative positions) are detached after every
-    exit, so that each parameter gets one exit's gradient; under "early_exit" they are not.
+    With the method "sweet", hidden states (and the table of DeBERTa's relative positions) are
+    detached after every exit, so that each parameter gets the gradient of one exit; with
+    "early_exit" they are not.
 
-    Heads begin as this project's do: a copy of the encoder's own pooler where it has one, and
-    BERT's initialisation.
+    Heads start as in this project: with a copy of the encoder's pooler, if it has one, and
+    otherwise with BERT's initialization.
     """
 
     def __init__(
@@ -34,11 +35,11 @@ class ExitsInTorch(torch.nn.Module):
         super().__init__()
         config, hidden = encoder.config, encoder.config.hidden_size
         self.encoder, self.exits, self.method = encoder, tuple(exits), method
-        self.relative = config.model_type == "deberta"
+        self.is_deberta = config.model_type == "deberta"  # the first version
         self.heads = torch.nn.ModuleList(
             torch.nn.Sequential(
                 torch.nn.Linear(hidden, hidden),
-                ACTIVATIONS[pooler_act](),
+                _ACTIVATIONS[pooler_act](),
                 torch.nn.Dropout(config.hidden_dropout_prob),
                 torch.nn.Linear(hidden, classes),
             )
@@ -56,8 +57,12 @@ class ExitsInTorch(torch.nn.Module):
     def embed(
         self, ids: torch.Tensor, mask: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Returns (hidden state [B, L, H], the mask that a layer takes) from two [B, L]."""
-        if self.relative:
+        """Returns the hidden states [B, L, H] before layer 1, and the mask that layers take.
+
+        ids: int64 [B, L].
+        mask: bool [B, L], or None if there is no padding.
+        """
+        if self.is_deberta:
             mask = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask
             return self.encoder.embeddings(ids, mask=mask), mask[:, None, None, :]
         return self.encoder.embeddings(ids), None if mask is None else mask[:, None, None, :]
@@ -65,52 +70,62 @@ class ExitsInTorch(torch.nn.Module):
     def layer(
         self, number: int, h: torch.Tensor, mask: torch.Tensor | None, table: torch.Tensor | None
     ) -> torch.Tensor:
-        """Returns the hidden state [B, L, H] after layer `number`, from 1."""
-        layer, more = self.encoder.encoder.layer[number - 1], {}
-        if self.relative:
-            place = torch.arange(h.shape[1], device=h.device)
-            more = {"relative_pos": (place[:, None] - place)[None], "rel_embeddings": table}
-        h = layer(h, mask, **more)
+        """Returns the hidden states [B, L, H] after a layer.
+
+        number: number of the layer, from 1.
+        h: hidden states [B, L, H] before it.
+        mask: mask from `embed`.
+        table: embeddings of DeBERTa's relative positions.
+        """
+        layer, arguments = self.encoder.encoder.layer[number - 1], {}
+        if self.is_deberta:
+            position = torch.arange(h.shape[1], device=h.device)
+            distances = (position[:, None] - position)[None]
+            arguments = {"relative_pos": distances, "rel_embeddings": table}
+        h = layer(h, mask, **arguments)
         return h[0] if isinstance(h, tuple) else h
 
     def forward(self, ids: torch.Tensor, mask: torch.Tensor | None = None) -> list[torch.Tensor]:
-        """Logits [B, C] of every exit; mask bool [B, L], None where there is no padding."""
-        (h, mask), answers = self.embed(ids, mask), []
-        table = self.encoder.encoder.rel_embeddings.weight if self.relative else None
+        """Returns the logits [B, C] of every exit; arguments as for `embed`."""
+        h, mask = self.embed(ids, mask)
+        logits = []
+        table = self.encoder.encoder.rel_embeddings.weight if self.is_deberta else None
         for number in range(1, self.exits[-1] + 1):
             h = self.layer(number, h, mask, table)
             if number in self.exits:
-                answers.append(self.heads[self.exits.index(number)](h[:, 0]))
+                logits.append(self.heads[self.exits.index(number)](h[:, 0]))
                 if self.method == "sweet":
                     h, table = h.detach(), None if table is None else table.detach()
-        return answers
+        return logits
 
-    def owned(self) -> list[list[torch.nn.Parameter]]:
+    def owned_parameters(self) -> list[list[torch.nn.Parameter]]:
         """Returns the parameters of each exit: its head, and the layers after the exit before.
 
-        The embeddings (and the table) are the first's.
+        The first exit also owns the embeddings and DeBERTa's table.
         """
         layers, starts = self.encoder.encoder.layer, (0, *self.exits[:-1])
-        found = [
+        owned = [
             [*head.parameters(), *layers[start:end].parameters()]
             for head, start, end in zip(self.heads, starts, self.exits, strict=True)
         ]
-        found[0] += self.encoder.embeddings.parameters()
-        if self.relative:
-            found[0] += self.encoder.encoder.rel_embeddings.parameters()
-        return found
+        owned[0] += self.encoder.embeddings.parameters()
+        if self.is_deberta:
+            owned[0] += self.encoder.encoder.rel_embeddings.parameters()
+        return owned
 
 
-def make_optimizer(owned: Sequence[Sequence[torch.nn.Parameter]], rate: float) -> torch.optim.AdamW:
-    """Returns AdamW in its fused form, the fastest there is, without weight decay."""
+def make_optimizer(
+    owned: Sequence[Sequence[torch.nn.Parameter]], learning_rate: float
+) -> torch.optim.AdamW:
+    """Returns AdamW without weight decay, in its fused form, which is the fastest."""
     parameters = [p for group in owned for p in group]
-    return torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0, fused=True)
+    return torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0, fused=True)
 
 
-def summed_loss(answers: Sequence[torch.Tensor], labels: torch.Tensor) -> torch.Tensor:
-    """Returns the sum over exits of mean cross-entropy."""
-    each = [torch.nn.functional.cross_entropy(logits, labels) for logits in answers]
-    return torch.stack(each).sum()
+def summed_loss(logits: Sequence[torch.Tensor], labels: torch.Tensor) -> torch.Tensor:
+    """Returns the sum over exits of the mean cross-entropy; logits are [B, C] for each exit."""
+    losses = [torch.nn.functional.cross_entropy(own, labels) for own in logits]
+    return torch.stack(losses).sum()
 
 
 def update(
@@ -118,7 +133,7 @@ def update(
     optimizer: torch.optim.Optimizer,
     loss: torch.Tensor,
 ) -> None:
-    """Updates parameters: gradients, clipped to norm 1 for each owner, and AdamW."""
+    """Updates the parameters by AdamW, with gradients clipped to norm 1 for each owner."""
     optimizer.zero_grad()
     loss.backward()
     for group in owned:
@@ -127,11 +142,11 @@ def update(
 
 
 def device() -> str:
-    """Returns where torch computes: a GPU where it finds one."""
+    """Returns the device on which torch computes: "cuda" if there is a GPU, else "cpu"."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def fence() -> None:
-    """Waits for what was given to the GPU."""
+def synchronize() -> None:
+    """Waits until the GPU, if there is one, has finished its work."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()

@@ -1,8 +1,7 @@
-"""Counts how often each computation of a program compiled for a TPU runs, loops included.
+"""Counts how many times each computation of a program compiled for a TPU runs, with its loops.
 
-From eight chips on the compiler turns the gradient of a matrix, and the exchange of its parts, into
-a loop that computes some parts while others are sent. Its own counts (FLOPs, bytes) have the body
-of such a loop once.
+For eight or more chips, the compiler turns the gradient of a matrix into a loop, which computes one
+part while another is sent. Its own counts of FLOPs and bytes include the body of a loop once.
 """
 
 import math
@@ -20,7 +19,7 @@ _RESULT = re.compile(r"^  (?:ROOT )?%([\w.-]+) = \w+\[([\d,]*)\]")
 
 
 def computations(text: str) -> dict[str, list[str]]:
-    """Returns the lines of each computation by its name; those of the entry under ""."""
+    """Returns the lines of each computation by its name; that of the entry computation is ""."""
     found: dict[str, list[str]] = defaultdict(list)
     name = None
     for line in text.splitlines():
@@ -34,7 +33,7 @@ def computations(text: str) -> dict[str, list[str]]:
 
 
 def run_counts(text: str) -> Counter[str]:
-    """Returns how often each computation runs in a run of the program, by its name."""
+    """Returns how many times each computation runs in one run of the program, by its name."""
     parts, counts = computations(text), Counter[str]()
 
     def run(name: str, times: int) -> None:
@@ -50,31 +49,31 @@ def run_counts(text: str) -> Counter[str]:
 
 
 def body_runs(text: str) -> dict[str, int]:
-    """Returns how often the body of each loop runs in a run of the program, by its name."""
+    """Returns how many times the body of each loop runs in one run of the program, by its name."""
     bodies = set(re.findall(r" while\(.*body=%([\w.-]+)", text))
     return {name: times for name, times in run_counts(text).items() if name in bodies}
 
 
 def trip_count(parts: Mapping[str, list[str]], line: str) -> int:
-    """Returns how often the body of a loop runs: as the compiler says, or until its count ends.
+    """Returns the number of iterations of the loop in a line, as far as it is known, else 1.
 
-    The loops that it makes count up from 0 by a constant while the count is below another. Of any
-    other loop the count is not known: 1.
+    It is in the line itself, or follows from the constants of a loop that counts up from 0 by a
+    constant while the count is less than another constant.
     """
-    if told := re.search(r'"n":"(\d+)"', line):
-        return int(told[1])
+    if known := re.search(r'"n":"(\d+)"', line):
+        return int(known[1])
     names = dict(_CALLED.findall(line))
     condition, body = (_by_name(parts.get(names.get(key, ""), [])) for key in ("condition", "body"))
     compared, result = _root(condition, "compare"), _root(body, "tuple")
     if "direction=LT" not in compared or not result:
         return 1
     limits = [_constant(condition, name) for name in _operands(compared)]
-    places = [re.search(r"index=(\d+)", condition.get(name, "")) for name in _operands(compared)]
+    indices = [re.search(r"index=(\d+)", condition.get(name, "")) for name in _operands(compared)]
     limit = next((value for value in limits if value is not None), None)
-    place = next((int(found[1]) for found in places if found), None)
-    if limit is None or place is None:
+    index = next((int(each[1]) for each in indices if each), None)
+    if limit is None or index is None:
         return 1
-    counter = body.get(_operands(result)[place], "")
+    counter = body.get(_operands(result)[index], "")
     steps = [_constant(body, name) for name in _operands(counter) if " add(" in counter]
     step = next((value for value in steps if value), None)
     return math.ceil(limit / step) if step else 1
@@ -86,9 +85,9 @@ def _by_name(lines: list[str]) -> dict[str, str]:
 
 
 def _root(lines: Mapping[str, str], opcode: str) -> str:
-    """Returns the line that a computation ends with, or "" where it is another operation."""
-    ends = (line for line in lines.values() if line.startswith("  ROOT "))
-    return next((line for line in ends if f" {opcode}(" in line), "")
+    """Returns the line of a computation's result, or "" if it is another operation."""
+    results = (line for line in lines.values() if line.startswith("  ROOT "))
+    return next((line for line in results if f" {opcode}(" in line), "")
 
 
 def _constant(lines: Mapping[str, str], name: str) -> int | None:
@@ -102,8 +101,8 @@ def _operands(line: str) -> list[str]:
     return re.findall(r"%([\w.-]+)", inside[1]) if inside else []
 
 
-def flops_of_repeats(text: str) -> float:
-    """Returns the FLOPs of the matrix products in loops, without those of each loop's first run."""
+def repeated_flops(text: str) -> float:
+    """Returns the FLOPs of the matrix products in all iterations of loops but the first."""
     parts, counts = computations(text), run_counts(text)
     total = 0.0
     for name, times in counts.items():
@@ -120,12 +119,12 @@ def _shapes(lines: list[str]) -> dict[str, list[int]]:
 
 
 def _flops(line: str, shapes: Mapping[str, list[int]]) -> float:
-    """Returns the FLOPs of a matrix product, which a TPU's program has as a convolution, else 0."""
+    """Returns the FLOPs of a matrix product, which is a convolution in a TPU's program, else 0."""
     if not (parts := _CONVOLUTION.search(line)):
         return 0.0
     result, kernel, window, labels = parts.groups()
     summed = shapes[kernel][labels.index("i")]
     taps = 1
-    if window and "lhs_dilate" not in window:  # a dilated one meets one element: a batched product
+    if window and "lhs_dilate" not in window:  # a dilated window has one element: a batched product
         taps = math.prod(int(n) for n in re.findall(r"\d+", window.split(" ")[0]))
     return 2.0 * math.prod(int(n) for n in result.split(",") if n) * summed * taps

@@ -1,7 +1,7 @@
-"""Where a program compiled for a TPU moves its bytes: by the function that an operation comes from.
+"""Counts the bytes of main memory that a TPU's program reads and writes, by function.
 
-Read from the compiled text. Only what crosses a chip's main memory counts: layouts name the memory
-space, and S(1) is the chip's fast memory beside the units that compute.
+They are read from the compiled text. Layouts with S(1) are in the chip's fast memory, which does
+not count.
 """
 
 import math
@@ -12,8 +12,9 @@ from typing import NamedTuple
 
 from experiments.benchmarks.tpu_loops import body_runs
 
-_BITS = {"pred": 8, "s4": 4, "u4": 4, "bf16": 16}  # of others, the number in their name
+_BITS = {"pred": 8, "s4": 4, "u4": 4, "bf16": 16}  # other types have them in their names
 _ARRAY = re.compile(r"(\w+)\[([\d,]*)\](\{[^}]*\})?")
+# Operations that move no bytes.
 _FREE = {"bitcast", "tuple", "get-tuple-element", "parameter", "constant", "copy-done"}
 _FREE |= {"async-done", "all-reduce-done", "slice-done", "while", "after-all", "iota"}
 _LINE = re.compile(r"^  (?:ROOT )?%(\S+) = (.*?) ([a-z][\w-]*)\((.*)$")
@@ -24,28 +25,33 @@ class Operation(NamedTuple):
 
     name: str
     opcode: str
-    source: str  # the innermost function of this package that it comes from; "" for none
-    backward: bool  # whether a gradient is what it computes
+    source: str  # innermost function of the package that it comes from, "" for none
+    backward: bool  # whether it computes a gradient
     written: int  # bytes of main memory
     read: int  # bytes of main memory
-    times: int  # that it runs, in a loop
+    times: int  # number of runs, in a loop
 
 
 def traffic(text: str, package: str = "/sweet_jax/") -> Counter[tuple[str, bool]]:
-    """Returns the bytes of main memory read and written, by (function, whether backward)."""
-    found: Counter[tuple[str, bool]] = Counter()
+    """Returns the bytes of main memory read and written, by function and whether it is backward.
+
+    Operations that come from no function of the package are counted under their opcode. `package`
+    is a part of the paths of its files.
+    """
+    moved: Counter[tuple[str, bool]] = Counter()
     for operation in operations(text, package):
-        moved = operation.times * (operation.written + operation.read)
-        found[operation.source or operation.opcode, operation.backward] += moved
-    return found
+        function = operation.source or operation.opcode
+        count = operation.times * (operation.written + operation.read)
+        moved[function, operation.backward] += count
+    return moved
 
 
 def operations(text: str, package: str = "/sweet_jax/") -> Iterator[Operation]:
-    """Yields the operations of the entry computation and of the loops' bodies."""
+    """Yields the operations of the entry computation and of the bodies of loops."""
     sources, trips, shown = _sources(text, package), body_runs(text), ""
-    results: dict[str, int] = {}  # bytes that each read of a result moves
-    copied: dict[str, int] = {}  # bytes that were moved into fast memory, for the next operation
-    origins: dict[str, str] = {}  # the sources of results
+    results: dict[str, int] = {}  # bytes moved by each read of a result
+    copied: dict[str, int] = {}  # bytes moved into fast memory for the operation that uses them
+    origins: dict[str, str] = {}  # source of each result
     for line in text.splitlines():
         if head := re.match(r"^(ENTRY )?%(\S+) \(", line):
             shown = head[2] if head[1] or head[2] in trips else ""
@@ -60,13 +66,13 @@ def operations(text: str, package: str = "/sweet_jax/") -> Iterator[Operation]:
             continue
         read = sum(results.get(o, 0) + copied.pop(o, 0) for o in operands)
         if opcode in ("copy-start", "slice-start"):
-            # The copy, and what is copied: the other way round where it is a slice.
+            # The destination comes first in the result of a copy, and second in that of a slice.
             arrays = [array[0] for array in _ARRAY.finditer(result)]
             result = arrays[opcode == "slice-start"]
             if not _bytes(result):
                 copied[name] = min(read, _bytes(result, everywhere=True))
                 continue
-        if re.search("gather|dynamic-slice", f"{name} {opcode}"):  # a part of an operand
+        if re.search("gather|dynamic-slice", f"{name} {opcode}"):  # reads a part of an operand
             read = min(read, _bytes(result, everywhere=True))
         results[name] = _bytes(result)
         frame = re.search(r"stack_frame_id=(\d+)", rest)
@@ -91,7 +97,10 @@ def _operands(rest: str) -> str:
 
 
 def _bytes(result: str, *, everywhere: bool = False) -> int:
-    """Returns the bytes of a result, an array or a tuple of arrays, that are in main memory."""
+    """Returns the bytes of a result (an array, or a tuple of arrays) that are in main memory.
+
+    everywhere: whether those in fast memory count too.
+    """
     total = 0
     for kind, sizes, layout in _ARRAY.findall(result):
         if everywhere or "S(" not in layout:
@@ -102,14 +111,14 @@ def _bytes(result: str, *, everywhere: bool = False) -> int:
 
 
 def _table(text: str, name: str) -> dict[int, str]:
-    """Returns one of the tables that the text begins with, by number."""
+    """Returns the rows, by number, of one of the tables at the beginning of the text."""
     part = re.search(rf"^{name}\n((?:\d+ .*\n)*)", text, re.MULTILINE)
     rows = part[1].splitlines() if part else []
     return {int(row.split(" ", 1)[0]): row.split(" ", 1)[1] for row in rows}
 
 
 def _sources(text: str, package: str) -> dict[int, str]:
-    """Returns the innermost function of a package of each stack frame, by the frame's number."""
+    """Returns the innermost function of the package, "" for none, by number of a stack frame."""
     files, functions = _table(text, "FileNames"), _table(text, "FunctionNames")
     places, frames = _table(text, "FileLocations"), _table(text, "StackFrames")
 

@@ -1,26 +1,26 @@
-r"""Examples per second of a training step: this project against the same model in torch.
+r"""Compares a training step of this project with one of the same model in torch.
 
     pip install -e ".[torch]"
     python -m experiments.benchmarks.train_step --shape=minilm --shape=bert-base
     python -m experiments.benchmarks.train_step --shape=bert-base --shape=bert-large \
         --shape=deberta-base --dtype=bfloat16 --size=16x128 --size=32x256        # on a GPU
 
-Same work on both sides: random encoder of that shape, exits with pooler, dropout 0.1 and
-classifier, cross-entropy summed over exits, gradient clipping per owner, AdamW, rows without
-padding. torch runs transformers' BertModel with SDPA attention, eagerly and compiled
-(torch.compile; clipping and the fused AdamW stay outside), and is given no mask, as transformers
-drops one that hides nothing. DeBERTa has no SDPA attention: DebertaModel's own, eager one runs, and
-torch.compile breaks its graph once a layer.
+Both sides do the same work: a random encoder of a shape whose exits have a pooler, dropout of 0.1
+and a classifier, the sum of the exits' cross-entropies, gradient clipping per owner, AdamW, and
+rows without padding. torch runs transformers' BertModel with SDPA attention, in eager mode and
+compiled (torch.compile; clipping and the fused AdamW stay outside). It gets no mask, because
+transformers drops a mask that hides nothing. DeBERTa has no SDPA attention: DebertaModel's own
+attention runs instead, and torch.compile breaks its graph at every layer.
 
-float32: on a GPU both sides multiply matrices in TF32 (jax's default; torch's "high").
-bfloat16: ours has activations in bfloat16 and parameters, gradients, softmax, norms and AdamW in
-float32; torch runs its forward pass and losses under autocast to bfloat16, parameters float32.
-Under autocast DebertaModel's attention raises: there all of torch's model is bfloat16, parameters
-and AdamW too, which is less work.
+float32: on a GPU, both sides multiply matrices in TF32 (jax's default; torch's "high").
+bfloat16: this project has activations in bfloat16, and parameters, gradients, softmax, norms and
+AdamW in float32; torch runs its forward pass and losses under autocast to bfloat16, with parameters
+in float32. DebertaModel's attention fails under autocast, so torch's whole model is then in
+bfloat16, including parameters and AdamW, which is less work.
 
-The sides take turns, a few steps each, in one process, and each step is awaited; the median step
-of each is compared. 2 cores need about 10 minutes for the first line, a GPU about 10 for the
-second.
+The sides are timed in turns of a few steps in one process, and each step is waited for. Prints
+examples per second, from the median step of each side. The first command takes about 10 minutes on
+2 cores, and the second about 10 minutes on a GPU.
 """
 
 import argparse
@@ -38,128 +38,131 @@ import transformers
 from experiments.benchmarks import torch_model
 from experiments.benchmarks.shapes import (
     CLASSES,
-    RATE,
+    LEARNING_RATE,
     SHAPES,
     Shape,
     Size,
-    head_line,
-    parser,
-    row,
-    size,
-    table_head,
-    training_steps,
+    make_training_step,
+    parse_size,
 )
-from experiments.benchmarks.torch_model import ExitsInTorch
+from experiments.benchmarks.tables import describe_machine, table_head, table_row
+from experiments.benchmarks.timing import time_in_turns
+from experiments.benchmarks.torch_model import EarlyExitInTorch
+from sweet_jax.arguments import ArgumentParser, run_command
 from sweet_jax.config import DTYPES
 from sweet_jax.errors import one_line
 from sweet_jax.models.deberta import DebertaConfig
 
-SIDES = ("sweet_jax", "torch", "torch.compile")
+_SIDES = ("sweet_jax", "torch", "torch.compile")
+_METHODS = ("sweet", "early_exit")
 
 
-def torch_exits(shape: Shape, method: str, dtype: str = "float32") -> ExitsInTorch:
-    """Returns the shape's model in torch, in training mode; of DeBERTa's all in `dtype`."""
+def make_torch_model(shape: Shape, method: str, dtype: str = "float32") -> EarlyExitInTorch:
+    """Returns the model of a shape in torch, in training mode.
+
+    dtype: of DeBERTa's parameters; BERT's are float32.
+    """
     values = dataclasses.asdict(shape.config)
     if isinstance(shape.config, DebertaConfig):
-        del values["embedding_size"]  # 0 is our word for the hidden size
+        del values["embedding_size"]  # a field of this project, where 0 means the hidden size
         values["pos_att_type"] = list(values["pos_att_type"])
         encoder = transformers.DebertaModel(transformers.DebertaConfig(**values))
     else:
-        settings = transformers.BertConfig(**values, attn_implementation="sdpa")
-        encoder = transformers.BertModel(settings, add_pooling_layer=False)
-    model = ExitsInTorch(encoder, shape.exits, CLASSES, method, shape.config.pooler_act)
-    if model.relative:
+        config = transformers.BertConfig(**values, attn_implementation="sdpa")
+        encoder = transformers.BertModel(config, add_pooling_layer=False)
+    model = EarlyExitInTorch(encoder, shape.exits, CLASSES, method, shape.config.pooler_act)
+    if model.is_deberta:
         model.to(getattr(torch, dtype))
     return model.to(torch_model.device()).train()
 
 
-def torch_steps(shape: Shape, method: str, at: Size, dtype: str) -> list[Callable[[], None]]:
-    """Functions that take one step in torch and wait for it: eagerly, and compiled.
+def make_torch_steps(shape: Shape, method: str, size: Size, dtype: str) -> list[Callable[[], None]]:
+    """Returns two functions that take one step in torch and wait for it: eager, and compiled.
 
-    Both train one set of parameters: two would not fit beside ours.
+    Both train the same parameters: two sets would not fit into the memory beside this project's.
     """
-    model, where = torch_exits(shape, method, dtype), torch_model.device()
-    narrow = dtype == "bfloat16" and not model.relative
-    owned = model.owned()
-    optimizer = torch_model.make_optimizer(owned, RATE)
-    ids = torch.randint(1, shape.config.vocab_size, (at.batch, at.length), device=where)
-    labels = torch.randint(0, CLASSES, (at.batch,), device=where)
+    model, device = make_torch_model(shape, method, dtype), torch_model.device()
+    autocast = dtype == "bfloat16" and not model.is_deberta
+    owned = model.owned_parameters()
+    optimizer = torch_model.make_optimizer(owned, LEARNING_RATE)
+    ids = torch.randint(1, shape.config.vocab_size, (size.batch, size.length), device=device)
+    labels = torch.randint(0, CLASSES, (size.batch,), device=device)
 
     def loss() -> torch.Tensor:
-        with torch.autocast(where, torch.bfloat16, enabled=narrow):
+        with torch.autocast(device, torch.bfloat16, enabled=autocast):
             return torch_model.summed_loss(model(ids), labels)
 
-    torch.compiler.reset()  # what was compiled for another shape is not this one's
+    torch.compiler.reset()  # drops what was compiled for another shape
 
     def take(loss: Callable[[], torch.Tensor]) -> None:
         torch_model.update(owned, optimizer, loss())
-        torch_model.fence()
+        torch_model.synchronize()
 
     compiled = torch.compile(loss, dynamic=False)
     return [functools.partial(take, loss), functools.partial(take, compiled)]
 
 
-def compare(shape: Shape, method: str, at: Size, options: argparse.Namespace) -> dict[str, float]:
-    """Returns the median seconds of a step of each side that runs, the sides taking turns."""
-    ours = training_steps(shape, method, at, options.dtype)
-    # Said at once: a lent machine's time may end before the row.
+def compare(shape: Shape, method: str, size: Size, options: argparse.Namespace) -> dict[str, float]:
+    """Returns the median seconds of a step of each side that this machine can run."""
+    ours = make_training_step(shape, method, size, options.dtype)
+    # Printed at once, because the command may be ended by a time limit before the row.
     print(f"sweet_jax: compiled in {ours.compile_seconds:.0f} s", file=sys.stderr, flush=True)
-    theirs = torch_steps(shape, method, at, options.dtype)
-    found = dict(zip(SIDES, [ours.take, *theirs], strict=True))
+    theirs = make_torch_steps(shape, method, size, options.dtype)
+    sides = dict(zip(_SIDES, [ours.take, *theirs], strict=True))
     if options.no_compile:
-        del found["torch.compile"]
-    for name, take in list(found.items()):
-        began = time.perf_counter()
+        del sides["torch.compile"]
+    for name, take in list(sides.items()):
+        start = time.perf_counter()
         try:
-            take()  # compiles, allocates
+            take()  # compiles and allocates
         except Exception as error:
             if name != "torch.compile":
                 raise
-            # It needs a C++ compiler on a CPU and Triton on a GPU; without, the rest still counts.
+            # It needs a C++ compiler on a CPU and Triton on a GPU; the other sides do not.
             print(f"torch.compile is not available: {type(error).__name__}: {one_line(error)}")
-            del found[name]
-        seconds = time.perf_counter() - began
+            del sides[name]
+        seconds = time.perf_counter() - start
         print(f"{name}: the first step took {seconds:.0f} s", file=sys.stderr, flush=True)
-    times: dict[str, list[float]] = {name: [] for name in found}
-    for _ in range(options.rounds):
-        for name, take in found.items():
-            take()  # the first after another side's is not counted
-            for _ in range(options.steps):
-                began = time.perf_counter()
-                take()
-                times[name].append(time.perf_counter() - began)
-    return {name: statistics.median(seconds) for name, seconds in times.items()}
+    times = time_in_turns(list(sides.values()), options.rounds, options.steps, skipped=1)
+    return {name: statistics.median(own) for name, own in zip(sides, times, strict=True)}
 
 
 def main(argv: list[str] | None = None) -> None:
     """Prints one row for each shape, method and size."""
-    options = parser(__doc__)
-    options.add_argument("--shape", action="append", choices=SHAPES, help="default: minilm")
-    options.add_argument("--size", action="append", type=size, help="default: 16x128; repeats")
-    options.add_argument("--method", action="append", choices=("sweet", "early_exit"))
-    options.add_argument("--dtype", default="float32", choices=DTYPES, help="of activations")
-    options.add_argument("--rounds", type=int, default=4)
-    options.add_argument("--steps", type=int, default=3, help="of each side in a round")
-    options.add_argument("--no_compile", action="store_true", help="leave torch.compile out")
-    chosen = options.parse_args(argv)
-    logging.getLogger("torch._dynamo").setLevel(logging.ERROR)  # DeBERTa: each break of the graph
-    torch.set_float32_matmul_precision("high")  # on a GPU TF32, as jax's default there
-    on = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    print(f"{head_line('torch', 'transformers')}; torch: {on}, {torch.get_num_threads()} threads")
-    print("examples/s of each side, and what sweet_jax's are a multiple of\n")
-    columns = ("shape", "method", "batch", "dtype", *SIDES, "x torch", "x torch.compile")
+    parser = ArgumentParser("experiments.benchmarks.train_step", __doc__ or "")
+    parser.add_argument(
+        "--shape", action="append", choices=SHAPES, help="repeatable (default minilm)"
+    )
+    parser.add_argument(
+        "--size", action="append", type=parse_size, help="repeatable (default 16x128)"
+    )
+    parser.add_argument("--method", action="append", choices=_METHODS, help="(default both)")
+    text = "dtype of the activations (default float32)"
+    parser.add_argument("--dtype", default="float32", choices=DTYPES, help=text)
+    parser.add_argument("--rounds", type=int, default=4, help="turns of each side (default 4)")
+    parser.add_argument("--steps", type=int, default=3, help="timed steps per turn (default 3)")
+    parser.add_argument("--no_compile", action="store_true", help="leave torch.compile out")
+    options = parser.parse_args(argv)
+    # Otherwise it warns at every break of DeBERTa's graph.
+    logging.getLogger("torch._dynamo").setLevel(logging.ERROR)
+    torch.set_float32_matmul_precision("high")  # TF32 on a GPU, as is jax's default there
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    machine = describe_machine("torch", "transformers")
+    print(f"{machine}; torch: {device}, {torch.get_num_threads()} threads")
+    print("examples/s of each side, and sweet_jax's as a multiple of torch's\n")
+    columns = ("shape", "method", "batch", "dtype", *_SIDES, "x torch", "x torch.compile")
     print(table_head(*columns), flush=True)
-    for name in chosen.shape or ["minilm"]:
-        for at in chosen.size or [Size(16, 128)]:
-            for method in chosen.method or ("sweet", "early_exit"):
-                seconds = compare(SHAPES[name], method, at, chosen)
-                speeds = [f"{at.batch / seconds[s]:.2f}" if s in seconds else "" for s in SIDES]
+    for name in options.shape or ["minilm"]:
+        for size in options.size or [Size(16, 128)]:
+            for method in options.method or _METHODS:
+                seconds = compare(SHAPES[name], method, size, options)
+                speeds = [f"{size.batch / seconds[s]:.2f}" if s in seconds else "" for s in _SIDES]
                 ratios = [
                     f"{seconds[s] / seconds['sweet_jax']:.2f}" if s in seconds else ""
-                    for s in SIDES[1:]
+                    for s in _SIDES[1:]
                 ]
-                print(row(name, method, at, chosen.dtype, *speeds, *ratios), flush=True)
+                print(table_row(name, method, size, options.dtype, *speeds, *ratios), flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(main))

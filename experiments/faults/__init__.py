@@ -1,1 +1,1 @@
-"""Fault tests of the real commands on one machine: see `python -m experiments.faults --help`."""
+"""Fault tests of the real commands on one machine; see `python -m experiments.faults --help`."""

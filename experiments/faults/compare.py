@@ -6,58 +6,56 @@ from typing import Any
 
 import numpy as np
 
-# Keys of results.json, and files, that hold times.
-_TIMES = ("timing",)
+_TIMES = ("timing",)  # keys of results.json that hold times
 
 
-def differing_bits(ours: Path, theirs: Path) -> tuple[int, list[str]]:
-    """Returns how many bits were compared, and the names of the contents that differ with counts.
+def differing_bits(one: Path, other: Path) -> tuple[int, list[str]]:
+    """Returns the number of bits compared, and what differs: names with numbers of bits.
 
     Compared are the saved model, the outputs of all exits, the probe, the refit, the search of the
     learning rate, the training log, results.json without times, and the state of the last
-    checkpoint: parameters, optimizer, step and the best state so far.
+    checkpoint: parameters, optimizer, step, and the best state so far.
     """
-    one, other = contents(ours), contents(theirs)
-    total, found = 0, []
-    for name in sorted({*one, *other}):
-        a, b = one.get(name, b""), other.get(name, b"")
+    ours, theirs = read_contents(one), read_contents(other)
+    total, differences = 0, []
+    for name in sorted({*ours, *theirs}):
+        a, b = ours.get(name, b""), theirs.get(name, b"")
         total += 8 * max(len(a), len(b))
         if a != b:
-            found.append(f"{name}: {_count(a, b)}")
-    return total, found
+            differences.append(f"{name}: {_count(a, b)}")
+    return total, differences
 
 
-def count_bits(found: list[str]) -> int:
-    """Returns the sum of the counts that `differing_bits` returned."""
-    return sum(int(text.rpartition(": ")[2]) for text in found)
+def count_bits(differences: list[str]) -> int:
+    """Returns the sum of the numbers of bits in a list from `differing_bits`."""
+    return sum(int(text.rpartition(": ")[2]) for text in differences)
 
 
 def _count(a: bytes, b: bytes) -> int:
-    """Returns the number of differing bits; all of the longer one where the lengths differ."""
+    """Returns the number of differing bits; of different lengths, all bits of the longer."""
     if len(a) != len(b):
         return 8 * max(len(a), len(b))
     return int(np.bitwise_count(np.frombuffer(a, np.uint8) ^ np.frombuffer(b, np.uint8)).sum())
 
 
-def contents(run: Path) -> dict[str, bytes]:
-    """Returns what is compared of a run, by name."""
-    found: dict[str, bytes] = {}
+def read_contents(run: Path) -> dict[str, bytes]:
+    """Returns the contents of a run that are compared, by name."""
+    contents: dict[str, bytes] = {}
     for path in sorted(run.rglob("*")):
-        name = str(path.relative_to(run))
-        if any(
-            part.startswith(".") or part == "checkpoints" for part in path.parts[len(run.parts) :]
-        ):
+        inside = path.relative_to(run)
+        if any(part.startswith(".") or part == "checkpoints" for part in inside.parts):
             continue
         if path.suffix == ".npz":
             with np.load(path, allow_pickle=False) as arrays:
-                found |= {f"{name}/{key}": arrays[key].tobytes() for key in arrays}
+                contents |= {f"{inside}/{key}": arrays[key].tobytes() for key in arrays}
         elif path.suffix in (".safetensors", ".jsonl") or path.name == "tokenizer.json":
-            found[name] = path.read_bytes()
+            contents[str(inside)] = path.read_bytes()
         elif path.suffix == ".json":
-            found[name] = _without_times(json.loads(path.read_text()))
+            contents[str(inside)] = _without_times(json.loads(path.read_text()))
     for folder in sorted((run / "checkpoints").glob("*")):
-        found |= {f"checkpoints/{folder.name}{key}": v for key, v in _state(folder).items()}
-    return found
+        state = _read_last_checkpoint(folder)
+        contents |= {f"checkpoints/{folder.name}{key}": value for key, value in state.items()}
+    return contents
 
 
 def _without_times(value: Any) -> bytes:
@@ -66,8 +64,8 @@ def _without_times(value: Any) -> bytes:
     return json.dumps(value, sort_keys=True).encode()
 
 
-def _state(folder: Path) -> dict[str, bytes]:
-    """Returns the arrays of the newest checkpoint of a training, by their paths, and its step."""
+def _read_last_checkpoint(folder: Path) -> dict[str, bytes]:
+    """Returns the arrays of a training's last checkpoint by their paths, and its step."""
     import jax
     import orbax.checkpoint as ocp
 
@@ -81,5 +79,5 @@ def _state(folder: Path) -> dict[str, bytes]:
         restore = ocp.args.PyTreeRestore(item=tree, restore_args=host)
         state = checkpointer.restore(path, args=restore)
     leaves = jax.tree.leaves_with_path(state)
-    found = {jax.tree_util.keystr(at): np.asarray(x).tobytes() for at, x in leaves}
-    return found | {"/step": str(max(steps)).encode()}
+    arrays = {jax.tree_util.keystr(at): np.asarray(x).tobytes() for at, x in leaves}
+    return arrays | {"/step": str(max(steps)).encode()}

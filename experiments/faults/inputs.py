@@ -1,4 +1,4 @@
-"""Makes what the fault tests train on: a tiny random BERT, learnable rows, every phase of a run."""
+"""Writes the inputs of the fault tests: a tiny random BERT, learnable rows, and a config file."""
 
 import csv
 import json
@@ -10,8 +10,8 @@ WORDS = [f"word{i}" for i in range(40)]
 _SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 _LAYERS = 3
 
-# Every phase that a run can have: a probe, a search of the learning rate, the best state, dropout
-# masks, a refit, baselines, the report; and a checkpoint after each fifteenth step.
+# A run with this recipe has every phase: a probe, a search of the learning rate, training with
+# dropout, checkpoints and the best state, a refit, baselines, and the report.
 RECIPE: dict[str, Any] = {
     "task": "tiny",
     "exits": (1, 2, 3),
@@ -34,13 +34,13 @@ RECIPE: dict[str, Any] = {
 
 
 def write_inputs(folder: Path, **changes: Any) -> Path:
-    """Writes a checkpoint, rows and a config file to a folder; returns the config file.
+    """Writes a checkpoint, rows and a config file to a folder; returns the path of the config file.
 
-    changes: keys of the recipe with other values.
+    changes: keys of the recipe that get other values.
     """
     config = folder / "config.py"
-    made = {"checkpoint": str(folder / "checkpoint"), "data_files": str(folder / "rows.csv")}
-    values = {**RECIPE, **made, **changes}
+    paths = {"checkpoint": str(folder / "checkpoint"), "data_files": str(folder / "rows.csv")}
+    values = {**RECIPE, **paths, **changes}
     if not (folder / "checkpoint" / "model.safetensors").exists():
         write_checkpoint(folder / "checkpoint")
         _write_rows(folder / "rows.csv")
@@ -49,7 +49,7 @@ def write_inputs(folder: Path, **changes: Any) -> Path:
 
 
 def write_checkpoint(folder: Path) -> None:
-    """Writes a random BERT of three layers with dropout, and its tokenizer of whole words."""
+    """Writes a random BERT of three layers with dropout, and a tokenizer of whole words."""
     import jax
     import numpy as np
     import safetensors.numpy
@@ -70,8 +70,12 @@ def write_checkpoint(folder: Path) -> None:
     )
     tokenizer.save(str(folder / "tokenizer.json"))
     names = {f"{name[1:-1].lower()}_token": name for name in _SPECIAL}
-    about = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 64, **names}
-    (folder / "tokenizer_config.json").write_text(json.dumps(about))
+    tokenizer_config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": 64,
+        **names,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer_config))
     config = BertConfig(
         vocab_size=len(vocabulary),
         hidden_size=16,
@@ -92,13 +96,13 @@ def write_checkpoint(folder: Path) -> None:
 
 
 def labelled_texts(count: int, seed: int = 0) -> list[tuple[str, int]]:
-    """Returns texts of 2 to 12 words with their labels, which the first word tells."""
-    rng, found = random.Random(seed), []
+    """Returns texts of 2 to 12 words with their labels, which follow from the first word."""
+    rng, rows = random.Random(seed), []
     for _ in range(count):
         label = rng.randrange(2)
         words = [WORDS[label], *rng.choices(WORDS[2:], k=rng.randrange(1, 12))]
-        found.append((" ".join(words), label))
-    return found
+        rows.append((" ".join(words), label))
+    return rows
 
 
 def _write_rows(path: Path) -> None:

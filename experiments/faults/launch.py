@@ -1,4 +1,4 @@
-"""Starts the command that users run, as one process or several, and ends it."""
+"""Starts `python -m sweet_jax.main` as one process or several, waits for it, and kills it."""
 
 import contextlib
 import dataclasses
@@ -16,14 +16,14 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
-    """Says what is started.
+    """Describes the command to start.
 
     Attributes:
-      config: file of the recipe.
+      config: config file.
       cache: folder of compiled programs.
-      processes: how many take part.
-      devices: of the CPU, of each process.
-      options: more of the command line.
+      processes: number of processes.
+      devices: number of CPU devices of each process.
+      options: further options of the command.
 
     """
 
@@ -38,9 +38,9 @@ class Setup:
 class Attempt:
     """Holds the processes of one start of a run."""
 
-    began: float  # time.time()
+    start: float  # time.time()
     processes: list[subprocess.Popen]
-    errors: list[Path]  # file of the standard error of each
+    errors: list[Path]  # the file with the stderr of each
 
     def running(self) -> list[int]:
         """Returns the numbers of the processes that have not ended."""
@@ -51,42 +51,45 @@ class Attempt:
         return len(self.running()) == len(self.processes)
 
     def wait(self, seconds: float, numbers: Sequence[int] | None = None) -> dict[int, float]:
-        """Waits for processes, by default all; returns the seconds until each of them ended.
+        """Waits for processes to end; returns the seconds until each of them ended, by number.
 
-        Those that are missing had not ended in time.
+        Args:
+          seconds: longest time to wait; processes that have not ended by then are left out.
+          numbers: numbers of the processes, by default all.
+
         """
-        began = time.monotonic()
+        start = time.monotonic()
         left = set(range(len(self.processes)) if numbers is None else numbers)
         ended: dict[int, float] = {}
-        while left and time.monotonic() - began < seconds:
+        while left and time.monotonic() - start < seconds:
             for number in sorted(left - set(self.running())):
-                ended[number] = time.monotonic() - began
+                ended[number] = time.monotonic() - start
                 left.remove(number)
             time.sleep(0.02)
         return ended
 
     def kill(self) -> None:
-        """Ends with SIGKILL what is still running, and waits for it."""
+        """Sends SIGKILL to all processes, and waits until they have ended."""
         for process in self.processes:
             with contextlib.suppress(ProcessLookupError):
                 process.send_signal(signal.SIGKILL)
             process.wait()
 
-    def said(self, number: int) -> str:
-        """Returns what a process wrote to its standard error, without the progress bar."""
-        return said(self.errors[number])
-
-
-def said(errors: Path) -> str:
-    """Returns the lines of a file of standard error that are no progress bar."""
-    parts = errors.read_text(errors="replace").replace("\r", "\n").splitlines()
-    return "\n".join(part for part in parts if part.strip() and "%|" not in part)
+    def read_errors(self, number: int) -> str:
+        """Returns what a process wrote to stderr, without the progress bar and empty lines."""
+        text = self.errors[number].read_text(errors="replace")
+        lines = text.replace("\r", "\n").splitlines()
+        return "\n".join(line for line in lines if line.strip() and "%|" not in line)
 
 
 def start(setup: Setup, workdir: Path, logs: Path | None = None) -> Attempt:
-    """Starts the command in a run directory; its output goes to files in `logs`.
+    """Starts the command in a run directory.
 
-    Default: a folder beside the directory.
+    Args:
+      setup: what to start.
+      workdir: run directory.
+      logs: folder for stdout and stderr, by default one beside the run directory.
+
     """
     command = [sys.executable, "-m", "sweet_jax.main", f"--config={setup.config}"]
     command += [f"--workdir={workdir}", *setup.options]
@@ -97,15 +100,15 @@ def start(setup: Setup, workdir: Path, logs: Path | None = None) -> Attempt:
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "HF_HUB_OFFLINE": "1",
     }
-    joining: list[list[str]] = [[]]
+    options: list[list[str]] = [[]]  # of each process
     if setup.processes > 1:
         address = f"--coordinator_address=localhost:{_free_port()}"
         count = f"--num_processes={setup.processes}"
-        joining = [[address, count, f"--process_id={n}"] for n in range(setup.processes)]
+        options = [[address, count, f"--process_id={n}"] for n in range(setup.processes)]
     attempt = Attempt(time.time(), [], [])
     logs = logs or workdir.parent / f"{workdir.name}-logs"
     logs.mkdir(parents=True, exist_ok=True)
-    for number, more in enumerate(joining):
+    for number, own in enumerate(options):
         attempt.errors.append(logs / f"{number}.err")
         with (
             (logs / f"{number}.out").open("w") as output,
@@ -113,7 +116,7 @@ def start(setup: Setup, workdir: Path, logs: Path | None = None) -> Attempt:
         ):
             attempt.processes.append(
                 subprocess.Popen(
-                    [*command, *more], cwd=ROOT, env=environment, stdout=output, stderr=errors
+                    [*command, *own], cwd=ROOT, env=environment, stdout=output, stderr=errors
                 )
             )
     return attempt
@@ -121,7 +124,7 @@ def start(setup: Setup, workdir: Path, logs: Path | None = None) -> Attempt:
 
 @contextlib.contextmanager
 def started(setup: Setup, workdir: Path, logs: Path | None = None) -> Iterator[Attempt]:
-    """Starts the command; whatever of it still runs is killed at the end of the block."""
+    """Starts the command; kills its processes at the end of the block."""
     attempt = start(setup, workdir, logs)
     try:
         yield attempt
@@ -129,16 +132,16 @@ def started(setup: Setup, workdir: Path, logs: Path | None = None) -> Iterator[A
         attempt.kill()
 
 
-def finish(setup: Setup, workdir: Path, seconds: float = 1800.0) -> Attempt:
-    """Runs the command to its end.
+def run_to_end(setup: Setup, workdir: Path, seconds: float = 1800.0) -> Attempt:
+    """Runs the command until it ends.
 
-    Raises RuntimeError with what the processes said if one fails, or does not end in time.
+    Raises RuntimeError, with the end of each stderr, if a process fails or does not end in time.
     """
     with started(setup, workdir) as attempt:
         attempt.wait(seconds)
     statuses = [process.returncode for process in attempt.processes]
     if any(statuses):
-        texts = "\n".join(attempt.said(n)[-2000:] for n in range(len(statuses)))
+        texts = "\n".join(attempt.read_errors(n)[-2000:] for n in range(len(statuses)))
         raise RuntimeError(f"statuses {statuses} in {workdir}:\n{texts}")
     return attempt
 

@@ -1,6 +1,6 @@
-"""Tells from outside in which phase a run is: by the files of its directory and its progress bar.
+"""Determines the phase of a run from the files in its directory and from its progress bar.
 
-Nothing is added to the program that is killed: it is the command that users run.
+So the command that is killed is the one that users run, unchanged.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ PHASES = (
     "evaluation",
     "report",
 )
-# Phases that a run goes through in this order; those of one set alternate.
+# A run goes through these sets of phases in this order; the phases of one set alternate.
 _ORDER = (
     {"start-up"},
     {"probe"},
@@ -29,52 +29,52 @@ _ORDER = (
     {"ended"},
 )
 _BAR = re.compile(r"training, exits 1, 2, 3:[^\r\n]*?(\d+)/(\d+) ")
-_SLACK = 0.02  # seconds by which the clock of a file system may lag
+_LAG = 0.02  # seconds by which the clock of a file system may lag behind
 
 
-def place_of(phase: str) -> int:
-    """Returns how late in a run a phase comes: the same number for those that alternate."""
+def phase_order(phase: str) -> int:
+    """Returns the position of a phase in a run, which is the same for phases that alternate."""
     return next(n for n, phases in enumerate(_ORDER) if phase in phases)
 
 
 @dataclasses.dataclass(frozen=True)
 class Watch:
-    """Says which attempt at a run is watched.
+    """Watches one attempt at a run.
 
     Attributes:
-      workdir: of the run.
-      began: time.time() at which the attempt was started: files from before are older attempts'.
-      errors: file of the standard error of the process that draws the progress bar.
-      last_step: the step of the last checkpoint of a whole run.
-      total: of the progress bar of its training.
+      workdir: run directory.
+      start: time.time() of the start of the attempt; older files are of earlier attempts.
+      errors: file with the stderr of the process that shows the progress bar.
+      last_step: step of the last checkpoint of a whole run.
+      total: total of the training's progress bar in a whole run.
 
     """
 
     workdir: Path
-    began: float
+    start: float
     errors: Path
     last_step: int = 0
     total: int = 0
 
     def is_new(self, path: Path) -> bool:
-        """Returns whether this attempt wrote a file, or something in a directory."""
+        """Returns whether this attempt wrote a file, or wrote into a directory."""
         try:
-            return path.stat().st_mtime >= self.began - _SLACK
+            return path.stat().st_mtime >= self.start - _LAG
         except OSError:
             return False
 
     def phase(self) -> str:
-        """Returns the phase of the run; "ended" when its results are written."""
+        """Returns the phase of the run, "ended" if its results are written."""
         run = self.workdir
         if self.is_new(run / "results.json"):
             return "ended"
         if not self.is_new(run / "config.json"):
-            return "start-up"  # imports, rows, tokenising; of several processes also joining
+            return "start-up"  # imports, reading, tokenization; connecting to other processes
         if self.is_new(run / "exit_outputs"):
             return "report"
         if not (run / "probe.npz").exists():
             return "probe"
-        if self._saves_checkpoint():
+        if self._is_saving():
             return "checkpoint"
         if not (run / "rate_search.json").exists():
             return "rate search"
@@ -82,17 +82,17 @@ class Watch:
             return "evaluation"
         if (run / "checkpoints" / "exits_1_2_3" / f"{self.last_step}.digest.json").exists():
             return "refit"
-        return "training" if self._stepped() else "compile"
+        return "training" if self._has_stepped() else "compile"
 
-    def _saves_checkpoint(self) -> bool:
+    def _is_saving(self) -> bool:
         """Returns whether a checkpoint of any training is being written."""
         try:
-            return any(map(self._writing, self.workdir.glob("**/checkpoints/*")))
-        except FileNotFoundError:  # the rate search removes its folders as it ends
+            return any(map(self._is_unfinished, self.workdir.glob("**/checkpoints/*")))
+        except FileNotFoundError:  # the search of the learning rate removes its folders at its end
             return False
 
-    def _writing(self, folder: Path) -> bool:
-        """Returns whether a checkpoint of a training is being written, or has no digest yet."""
+    def _is_unfinished(self, folder: Path) -> bool:
+        """Returns whether a training's checkpoint is being written, or has no digest yet."""
         for path in folder.glob("*"):
             unfinished = "checkpoint-tmp" in path.name or (
                 path.name.isdigit() and not (folder / f"{path.name}.digest.json").exists()
@@ -101,8 +101,8 @@ class Watch:
                 return True
         return False
 
-    def _stepped(self) -> bool:
-        """Returns whether the progress bar has moved: the step is compiled."""
+    def _has_stepped(self) -> bool:
+        """Returns whether the progress bar has moved, so that the step is compiled."""
         try:
             counts = _BAR.findall(self.errors.read_text(errors="replace"))
         except OSError:
@@ -110,6 +110,6 @@ class Watch:
         return len({done for done, total in counts if int(total) == self.total}) > 1
 
 
-def bar_total(errors: Path) -> int:
-    """Returns the total of the longest training that a whole run drew a progress bar of."""
+def largest_total(errors: Path) -> int:
+    """Returns the largest total of the progress bars of trainings in a file, 0 if there is none."""
     return max((int(total) for _, total in _BAR.findall(errors.read_text())), default=0)

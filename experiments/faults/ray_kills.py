@@ -16,15 +16,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from experiments.faults import kills
-from experiments.faults.compare import count_bits, differing_bits
+from experiments.faults.compare import differing_bits
 from experiments.faults.inputs import RECIPE, labelled_texts, write_inputs
-from experiments.faults.kills import Reference, await_kill, phases_ahead, plan_kill
+from experiments.faults.kills import MAX_KILLS, MAX_SECONDS, KillLog, make_record
 from experiments.faults.launch import ROOT
 from experiments.faults.phases import Watch
+from experiments.faults.plans import phases_ahead, plan_kill, wait_for_plan
+from experiments.faults.reference import Reference, make_setup, run_undisturbed
 
 _CELL = "sst2-sweet"
-_DRIVER = 0.2  # share of the kills that end the driver
+_DRIVER = 0.2  # share of the kills that hit the driver
+_EMPTY_CACHE = 0.3  # share of the runs that start with an empty compilation cache
 _STARTED = re.compile(rf"^{_CELL} on \S+, process (\d+)$", re.MULTILINE)
 _CLUSTER = """
 from ray.cluster_utils import Cluster
@@ -39,26 +41,29 @@ cluster.shutdown()
 
 @dataclasses.dataclass(frozen=True)
 class Cluster:
-    """Holds where a Ray cluster of this machine is, and its logs."""
+    """Describes a Ray cluster on this machine."""
 
     address: str
-    logs: Path
-    cache: Path  # of its workers' compiled programs
+    logs: Path  # folder
+    cache: Path  # folder of its workers' compiled programs
 
 
 @dataclasses.dataclass(frozen=True)
 class CellWatch(Watch):
-    """Watches a cell, whose directory goes when its outputs are copied."""
+    """Watches a cell of the grid, whose directory is removed after its outputs are copied."""
 
     def phase(self) -> str:
-        """Returns the phase; "report" from the outputs on, until the worker ends."""
+        """Returns the phase, "report" from the copy of the outputs until the worker ends."""
         finished = self.workdir.parent / "outputs" / _CELL / "results.json"
         return "report" if finished.exists() else super().phase()
 
 
 @contextlib.contextmanager
-def cluster(cache: Path) -> Iterator[Cluster]:
-    """Runs a cluster of one node in a process of its own until the block ends."""
+def start_cluster(cache: Path) -> Iterator[Cluster]:
+    """Runs a cluster of one node, in a process, until the block ends.
+
+    Raises RuntimeError if it does not start.
+    """
     environment = os.environ | {
         "RAY_USAGE_STATS_ENABLED": "0",
         "JAX_COMPILATION_CACHE_DIR": str(cache),
@@ -81,22 +86,25 @@ def cluster(cache: Path) -> Iterator[Cluster]:
                 yield Cluster(address, Path(session) / "logs", cache)
                 break
         else:
-            raise RuntimeError("no Ray cluster was started")
+            raise RuntimeError("the Ray cluster did not start")
         process.communicate("\n", timeout=120)
 
 
 @contextlib.contextmanager
-def driver(where: Cluster, inputs: Path, folder: Path) -> Iterator[subprocess.Popen]:
-    """Runs the command of the grid; its output goes to FOLDER/driver.out and .err."""
-    special = {"task", "exits", "text_columns", "learning_rates", "train_size", "max_length"}
+def started_driver(cluster: Cluster, inputs: Path, folder: Path) -> Iterator[subprocess.Popen]:
+    """Starts the command of the grid, and kills it at the end of the block.
+
+    Its output goes to FOLDER/driver.out and FOLDER/driver.err.
+    """
+    own_options = {"task", "exits", "text_columns", "learning_rates", "train_size", "max_length"}
     command = [sys.executable, "-m", "experiments.grid", "--engine=ray"]
-    command += [f"--address={where.address}", "--worker_retries=1000", "--retry"]
+    command += [f"--address={cluster.address}", "--worker_retries=1000", "--retry"]
     command += [f"--data_dir={inputs / 'glue'}", f"--checkpoint={inputs / 'checkpoint'}"]
     command += ["--tasks=sst2", "--methods=sweet", "--seeds=0"]
     for key in ("exits", "learning_rates"):
         command.append(f"--{key}={','.join(map(str, RECIPE[key]))}")
     command += [f"--{key}={RECIPE[key]}" for key in ("train_size", "max_length")]
-    command += [f"--set={key}={_json(v)}" for key, v in RECIPE.items() if key not in special]
+    command += [f"--set={key}={_format(v)}" for key, v in RECIPE.items() if key not in own_options]
     command += [f"--output={folder / 'out'}", f"--workdir={folder / 'work'}"]
     folder.mkdir(parents=True, exist_ok=True)
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "RAY_USAGE_STATS_ENABLED": "0"}
@@ -109,16 +117,13 @@ def driver(where: Cluster, inputs: Path, folder: Path) -> Iterator[subprocess.Po
         process.wait()
 
 
-def _json(value: Any) -> str:
-    return (
-        {True: "true", False: "false"}.get(value, str(value))
-        if isinstance(value, bool)
-        else str(value)
-    )
+def _format(value: Any) -> str:
+    """Returns a value as --set takes it."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def write_rows(inputs: Path) -> None:
-    """Writes the rows as the parquet files of a GLUE task."""
+    """Writes learnable rows as the parquet files of a GLUE task."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -130,98 +135,116 @@ def write_rows(inputs: Path) -> None:
         pq.write_table(table, folder / f"{split}.parquet")
 
 
-def undisturbed(where: Cluster, inputs: Path, folder: Path) -> None:
-    """Runs the undisturbed grid FOLDER/whole where it is missing."""
+def run_undisturbed_grid(cluster: Cluster, inputs: Path, folder: Path) -> None:
+    """Runs the undisturbed grid FOLDER/whole, unless it exists.
+
+    Raises RuntimeError if it fails.
+    """
     run = folder / "whole"
     if (run / "work" / "outputs" / _CELL / "results.json").exists():
         return
     shutil.rmtree(run, ignore_errors=True)
-    with driver(where, inputs, run) as process:
+    with started_driver(cluster, inputs, run) as process:
         process.wait(900)
     if process.returncode:
         raise RuntimeError(f"the undisturbed grid failed: {(run / 'driver.err').read_text()}")
 
 
 def _workers(folder: Path) -> list[int]:
-    """Returns the processes that a driver began its cell in."""
+    """Returns the ids of the processes in which a driver has started its cell."""
     text = (folder / "driver.out").read_text()
     return [int(pid) for pid in _STARTED.findall(text)]
 
 
-def _errors(where: Cluster, pid: int) -> Path:
-    """Returns the file of a worker's standard error."""
-    return next(where.logs.glob(f"worker-*-{pid}.err"), Path("none"))
+def _errors(cluster: Cluster, pid: int) -> Path:
+    """Returns the file with a worker's stderr; it does not exist if Ray has written none."""
+    return next(cluster.logs.glob(f"worker-*-{pid}.err"), cluster.logs / "none")
 
 
 def _differing(one: Path, other: Path) -> tuple[int, list[str]]:
-    """Returns the bits that were compared of two grids, and what differs."""
+    """Returns the number of bits compared in two grids, and what differs."""
     runs = [folder / "work" / "outputs" / _CELL for folder in (one, other)]
-    bits, names = differing_bits(*runs)
+    bits, differences = differing_bits(*runs)
     scores = [(folder / "out" / "scores.csv").read_bytes() for folder in (one, other)]
     if scores[0] != scores[1]:
-        names.append(f"scores.csv: {8 * max(map(len, scores))}")
-    return bits + 8 * len(scores[0]), names
+        differences.append(f"scores.csv: {8 * max(map(len, scores))}")
+    return bits + 8 * len(scores[0]), differences
 
 
-def run_round(where: Cluster, mode: str, number: int, folder: Path, seed: int, hit: Counter):
+def run_round(
+    cluster: Cluster, mode: str, number: int, folder: Path, seed: int, hits: Counter
+) -> dict[str, Any]:
     """Kills a grid of one cell until it ends by itself; returns the record of all its kills.
 
-    Raises RuntimeError if the command fails.
+    cluster: where it runs. The other arguments are as for `kills.run_round`. Raises RuntimeError if
+    the command fails.
     """
     inputs = folder.parent / "inputs"
     write_inputs(inputs)
     write_rows(inputs)
-    known = kills.undisturbed("single", kills.setup_of("single", folder.parent), folder.parent)
-    undisturbed(where, inputs, folder)
+    reference = run_undisturbed("single", make_setup("single", folder.parent), folder.parent)
+    run_undisturbed_grid(cluster, inputs, folder)
     run, rng = folder / f"run-{seed}-{number}", random.Random(f"{seed}/{mode}/{number}")
-    if cold := rng.random() < 0.3:
-        shutil.rmtree(where.cache, ignore_errors=True)
-    log = kills.KillLog(folder / f"{run.name}-kills.jsonl")
+    if cold := rng.random() < _EMPTY_CACHE:
+        shutil.rmtree(cluster.cache, ignore_errors=True)
+    log = KillLog(folder / f"{run.name}-kills.jsonl")
     while True:
-        with driver(where, inputs, run) as process:
-            killed: dict[str, Any] | None = {"victims": []}
-            while killed is not None and killed["victims"] != ["driver"]:
-                killed = None
-                if len(log.read()) < kills.MOST:
-                    killed = _next_kill(rng, where, run, process, known, hit + log.phases())
-                if killed is not None:
-                    log.add(killed)
-                    print(f"{mode} {number}: killed {killed}", flush=True)
-            if killed is None:
-                process.wait(kills.LAST)
+        with started_driver(cluster, inputs, run) as process:
+            kill: dict[str, Any] | None = {"victims": []}
+            while kill is not None and kill["victims"] != ["driver"]:
+                kill = None
+                if len(log.read()) < MAX_KILLS:
+                    phases = hits + log.phases()
+                    kill = _kill_next(rng, cluster, run, process, reference, phases)
+                if kill is not None:
+                    log.add(kill)
+                    print(f"{mode} {number}: killed {kill}", flush=True)
+            if kill is None:
+                process.wait(MAX_SECONDS)
                 break
     if process.returncode:
         raise RuntimeError(f"{run} did not resume: {(run / 'driver.err').read_text()[-2000:]}")
-    bits, names = _differing(folder / "whole", run)
-    record = {"mode": mode, "round": number, "cold": cold, "kills": log.read(), "bits": bits}
-    record |= {"differing": count_bits(names), "names": names[:20], "left": []}
-    print(f"{mode} {number}: {record['differing']} of {bits} bits differ {names[:5]}", flush=True)
-    if not names:
+    bits, differences = _differing(folder / "whole", run)
+    record = make_record(mode, number, cold, log, bits, differences, left=[])
+    if not differences:
         shutil.rmtree(run)
         log.path.unlink(missing_ok=True)
     return record
 
 
-def _next_kill(
+def _kill_next(
     rng: random.Random,
-    where: Cluster,
+    cluster: Cluster,
     run: Path,
     process: subprocess.Popen,
-    known: Reference,
-    hit: Counter,
+    reference: Reference,
+    hits: Counter,
 ) -> dict[str, Any] | None:
-    """Kills the next worker of the cell, or its driver; None where the driver ends before."""
-    began, before = time.time(), len(_workers(run))
-    while len(found := _workers(run)) == before:
+    """Kills the next worker of the cell, or its driver, at a moment that is chosen for the worker.
+
+    Args:
+      rng: generator of random numbers.
+      cluster: where the grid runs.
+      run: folder of the grid.
+      process: the driver.
+      reference: the undisturbed run.
+      hits: number of earlier kills in each phase.
+
+    Returns:
+      The record of the kill, or None if the worker or the driver has ended before.
+
+    """
+    start, before = time.time(), len(_workers(run))
+    while len(workers := _workers(run)) == before:
         if process.poll() is not None:
             return None
         time.sleep(0.02)
-    pid, cell = found[-1], run / "work" / _CELL
-    watch = CellWatch(cell, began, _errors(where, pid), known.last_step, known.total)
-    choose = functools.partial(plan_kill, rng, hit, known)
-    plan = await_kill(
-        choose,
-        phases_ahead(cell, known.last_step),
+    pid, cell = workers[-1], run / "work" / _CELL
+    errors = _errors(cluster, pid)
+    watch = CellWatch(cell, start, errors, reference.last_step, reference.total)
+    plan = wait_for_plan(
+        functools.partial(plan_kill, rng, hits, reference),
+        phases_ahead(cell, reference.last_step),
         watch,
         lambda: _is_alive(pid) and process.poll() is None,
     )
@@ -241,7 +264,7 @@ def _next_kill(
 
 
 def _is_alive(pid: int) -> bool:
-    """Returns whether a process runs: exists, and is not only waited for."""
+    """Returns whether a process exists and is neither a zombie nor dead."""
     try:
         state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except OSError:

@@ -1,4 +1,4 @@
-"""A workdir whose disk is full, or turns read-only, in the middle of a run. Linux, as root."""
+"""Runs with a workdir on a disk that becomes full or read-only. Needs root, on Linux."""
 
 import contextlib
 import shutil
@@ -9,23 +9,26 @@ from pathlib import Path
 from typing import Any
 
 from experiments.faults.compare import count_bits, differing_bits
-from experiments.faults.kills import Plan, await_moment, setup_of, undisturbed
-from experiments.faults.launch import Setup, finish, started
+from experiments.faults.launch import Attempt, Setup, run_to_end, started
 from experiments.faults.phases import Watch
+from experiments.faults.plans import Plan, wait_for_moment
+from experiments.faults.reference import make_setup, run_undisturbed
 from sweet_jax.errors import UserError
 
-_SECONDS = 600.0  # in which the command must have ended
+_SECONDS = 600.0  # within which the command must end
 
 
 def _run(*command: str) -> None:
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise UserError(f"{' '.join(command)}: {done.stderr.strip()} (this needs root, on Linux)")
+    """Runs a command; raises UserError if it fails."""
+    process = subprocess.run(command, capture_output=True, text=True)
+    if process.returncode:
+        message = process.stderr.strip()
+        raise UserError(f"{' '.join(command)} failed: {message} (this test needs root, on Linux)")
 
 
 @contextlib.contextmanager
 def small_disk(place: Path, kibibytes: int) -> Iterator[Callable[[], None]]:
-    """Mounts a file system of a size; yields what makes it large enough."""
+    """Mounts a file system of a size; yields a function that makes it large enough."""
     place.mkdir(parents=True, exist_ok=True)
     _run("mount", "-t", "tmpfs", "-o", f"size={kibibytes}k", "faults", str(place))
     try:
@@ -36,7 +39,10 @@ def small_disk(place: Path, kibibytes: int) -> Iterator[Callable[[], None]]:
 
 @contextlib.contextmanager
 def failing_disk(place: Path) -> Iterator[tuple[Callable[[], None], Callable[[], None]]]:
-    """Mounts a file system; yields what makes it read-only, as a bad disk does, and its repair."""
+    """Mounts a file system; yields a function that makes it fail, and one that repairs it.
+
+    It becomes read-only, as after an error of the disk.
+    """
     image = place.with_suffix(".img")
     place.mkdir(parents=True, exist_ok=True)
     with image.open("wb") as file:
@@ -44,45 +50,48 @@ def failing_disk(place: Path) -> Iterator[tuple[Callable[[], None], Callable[[],
     _run("mkfs.ext4", "-q", "-F", str(image))
     _run("mount", "-o", "loop", str(image), str(place))
 
-    def mend() -> None:
+    def repair() -> None:
         _run("umount", str(place))
-        subprocess.run(["e2fsck", "-p", str(image)], capture_output=True)  # 1: repaired
+        # Unchecked: its status is 1 if it repaired something.
+        subprocess.run(["e2fsck", "-p", str(image)], capture_output=True)
         _run("mount", "-o", "loop", str(image), str(place))
 
     try:
-        yield lambda: _run("mount", "-o", "remount,abort", str(place)), mend
+        yield lambda: _run("mount", "-o", "remount,abort", str(place)), repair
     finally:
         _run("umount", str(place))
         image.unlink()
 
 
 def run_storage(folder: Path, mode: str) -> dict[str, Any]:
-    """Runs both faults at several moments; returns the records."""
-    setup = setup_of(mode, folder)
-    known = undisturbed(mode, setup, folder)
+    """Runs with both faults at several moments; returns the records."""
+    setup = make_setup(mode, folder)
+    reference = run_undisturbed(mode, setup, folder)
     whole, place = folder / mode / "whole", folder / mode / "disk"
     size = sum(p.stat().st_size for p in whole.rglob("*") if p.is_file()) // 1024
     records = []
     for share in (0.02, 0.3, 0.6, 0.9):
         with small_disk(place, max(16, int(share * size))) as enlarge:
-            record = _attempt(setup, place / "run", lambda watch, attempt: None)
+            record = _run_until_fault(setup, place / "run", lambda watch, attempt: None)
             enlarge()
-            finish(setup, place / "run")
+            run_to_end(setup, place / "run")
             records.append(
                 {"fault": f"full at {share:.0%}", **record, **_compare(whole, place / "run")}
             )
             print(records[-1], flush=True)
     for phase in ("probe", "rate search", "training", "checkpoint", "report"):
-        with failing_disk(place) as (fail, mend):
+        with failing_disk(place) as (fail, repair):
 
             def disturb(watch, attempt, phase=phase, fail=fail) -> None:
-                plan = Plan(phase, known.phases.get(phase, (0.1, 0.0))[0] / 2)
-                if await_moment(plan, watch, attempt.is_whole):
+                plan = Plan(phase, reference.phases.get(phase, (0.1, 0.0))[0] / 2)
+                if wait_for_moment(plan, watch, attempt.is_whole):
                     fail()
 
-            record = _attempt(setup, place / "run", disturb, known.last_step, known.total)
-            mend()
-            finish(setup, place / "run")
+            record = _run_until_fault(
+                setup, place / "run", disturb, reference.last_step, reference.total
+            )
+            repair()
+            run_to_end(setup, place / "run")
             records.append(
                 {"fault": f"read-only at {phase}", **record, **_compare(whole, place / "run")}
             )
@@ -90,25 +99,37 @@ def run_storage(folder: Path, mode: str) -> dict[str, Any]:
     return {"mode": mode, "records": records}
 
 
-def _attempt(
-    setup: Setup, run: Path, disturb: Callable, last_step: int = -1, total: int = 0
+def _run_until_fault(
+    setup: Setup,
+    run: Path,
+    disturb: Callable[[Watch, Attempt], None],
+    last_step: int = -1,
+    total: int = 0,
 ) -> dict[str, Any]:
-    """Starts a run that a fault must end; returns the statuses and what was said."""
+    """Starts a run that a fault must end; returns the record of its end.
+
+    Args:
+      setup: what to start.
+      run: run directory.
+      disturb: causes the fault at its moment.
+      last_step, total: as for `Watch`.
+
+    """
     shutil.rmtree(run.parent.parent / "logs", ignore_errors=True)
     with started(setup, run, logs=run.parent.parent / "logs") as attempt:
-        watch = Watch(run, attempt.began, attempt.errors[0], last_step, total)
+        watch = Watch(run, attempt.start, attempt.errors[0], last_step, total)
         disturb(watch, attempt)
-        began = time.monotonic()
+        start = time.monotonic()
         ended = attempt.wait(_SECONDS)
         record = {
             "phase": watch.phase(),
-            "seconds": round(time.monotonic() - began, 1),
+            "seconds": round(time.monotonic() - start, 1),
             "statuses": [process.poll() for process in attempt.processes],
-            "said": [attempt.said(n) for n in sorted(ended)],
+            "said": [attempt.read_errors(n) for n in sorted(ended)],
         }
     return record
 
 
 def _compare(whole: Path, run: Path) -> dict[str, Any]:
-    bits, names = differing_bits(whole, run)
-    return {"bits": bits, "differing": count_bits(names), "names": names[:10]}
+    bits, differences = differing_bits(whole, run)
+    return {"bits": bits, "differing": count_bits(differences), "names": differences[:10]}

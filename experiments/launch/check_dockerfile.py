@@ -2,14 +2,14 @@
 
     python -m experiments.launch.check_dockerfile --model=onnx_model
 
-COPY copies, RUN runs, each in a folder of this machine instead of the image's; the server is then
-started by the ENTRYPOINT, as the USER where this process may become it, and must be found healthy
-by the HEALTHCHECK, answer a text and end with status 0 on SIGTERM. What is not checked is the base
-image itself: the steps run with this machine's Python. Prints the size of the environment and the
-seconds until it is healthy. About half a minute, most of it downloads.
+Executes each COPY and RUN in a folder of this machine instead of the image's. Then starts the
+server by the ENTRYPOINT, as the USER if this process is allowed to. The server must be healthy
+according to the HEALTHCHECK, classify a text, and end with status 0 on SIGTERM. The base image
+itself is not checked, because the steps run with this machine's Python. Prints the size of the
+environment and the seconds until the server is healthy. Takes about half a minute, mostly for
+downloads.
 """
 
-import argparse
 import json
 import os
 import re
@@ -25,12 +25,15 @@ import venv
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from sweet_jax.arguments import ArgumentParser, run_command
+from sweet_jax.errors import UserError
+
 ROOT = Path(__file__).parents[2]
 DOCKERFILE = Path(__file__).with_name("Dockerfile")
 
 
 class Step(NamedTuple):
-    """Holds one instruction, such as RUN, and its text without line breaks."""
+    """Holds one instruction, such as RUN, and its arguments as one line."""
 
     instruction: str
     text: str
@@ -44,44 +47,46 @@ def read_steps(dockerfile: Path) -> list[Step]:
 
 
 def last(steps: list[Step], instruction: str) -> str:
-    """Returns the text of the last step of that instruction."""
+    """Returns the text of the last step with an instruction."""
     return [step.text for step in steps if step.instruction == instruction][-1]
 
 
 def command_of(text: str) -> list[str]:
-    """Returns the command of an ENTRYPOINT or a HEALTHCHECK, its JSON list."""
+    """Returns the command of an ENTRYPOINT or a HEALTHCHECK, given its text with a JSON list."""
     return json.loads(text[text.index("[") :])
 
 
 class Image:
-    """Stands in for the image: its folders /src and /opt/venv lie in a folder of this machine.
+    """Takes the place of the image: has its folders /src and /opt/venv in a folder of this machine.
 
     Attributes:
-      folder: that holds them.
-      port: of this machine, for the image's 8000.
-      environment: variables of its processes.
+      folder: folder that contains them.
+      port: port of this machine, in place of the image's 8000.
+      base: the Python of the base image, with pip.
+      environment: environment variables of its processes.
+      workdir: current directory of its processes.
 
     """
 
     def __init__(self, folder: Path, port: int):
         self.folder, self.port = folder, port
-        self.base = folder / "base"  # the Python of the base image, with pip
+        self.base = folder / "base"
         venv.create(self.base, with_pip=True)
         kept = ("TMPDIR", "PIP_INDEX_URL", "PIP_CONFIG_FILE", "PIP_CERT", "SSL_CERT_FILE")
         self.environment = {name: os.environ[name] for name in kept if name in os.environ}
         self.environment["PATH"] = f"{self.base / 'bin'}:/usr/bin:/bin"
         self.workdir = folder
 
-    def here(self, text: str) -> str:
-        """Returns a text with the image's paths and port as they are on this machine."""
+    def translate(self, text: str) -> str:
+        """Returns a text with the image's paths and port replaced by those of this machine."""
         for path in ("/opt/venv", "/src"):
             text = re.sub(rf"(?<![\w.]){path}\b", str(self.folder) + path, text)
         return re.sub(r"\b8000\b", str(self.port), text)
 
     def build(self, steps: list[Step]) -> None:
-        """Carries out the steps that make the image."""
+        """Executes the steps that build the image."""
         for step in steps:
-            text = self.here(step.text)
+            text = self.translate(step.text)
             if step.instruction == "WORKDIR":
                 self.workdir = Path(text)
                 self.workdir.mkdir(parents=True)
@@ -108,46 +113,56 @@ class Image:
             shutil.copy(source, target)
 
 
-def user_of(steps: list[Step]) -> dict[str, Any]:
-    """Returns the arguments by which a process runs as the USER, or none and says why."""
+def user_arguments(steps: list[Step]) -> dict[str, Any]:
+    """Returns arguments of `subprocess.Popen` for the USER; none, with a note, if not allowed."""
     user, group = (int(number) for number in last(steps, "USER").split(":"))
-    become: dict[str, Any] = {"user": user, "group": group, "extra_groups": []}
+    arguments: dict[str, Any] = {"user": user, "group": group, "extra_groups": []}
     try:
-        subprocess.run([os.path.realpath(sys.executable), "-c", ""], check=True, **become)
+        subprocess.run([os.path.realpath(sys.executable), "-c", ""], check=True, **arguments)
     except OSError as error:
-        print(f"not as user {user}: {error.strerror}", flush=True)
+        print(f"the server does not run as user {user}: {error.strerror}", flush=True)
         return {}
-    return become
+    return arguments
 
 
 def check(steps: list[Step], image: Image, model: Path) -> None:
-    """Starts the server, and has it found healthy, asked and ended."""
-    command = [image.here(part) for part in command_of(last(steps, "ENTRYPOINT"))]
+    """Starts the server, waits until it is healthy, sends a text, and ends it.
+
+    Raises UserError if one of these fails.
+    """
+    command = [image.translate(part) for part in command_of(last(steps, "ENTRYPOINT"))]
     command[0] = shutil.which(command[0], path=image.environment["PATH"]) or command[0]
     command += [f"--model={model}", "--host=127.0.0.1"]
-    probe = [image.here(part) for part in command_of(last(steps, "HEALTHCHECK"))]
-    began = time.perf_counter()
-    server = subprocess.Popen(command, cwd="/", env=image.environment, **user_of(steps))
+    probe = [image.translate(part) for part in command_of(last(steps, "HEALTHCHECK"))]
+    start = time.perf_counter()
+    server = subprocess.Popen(command, cwd="/", env=image.environment, **user_arguments(steps))
     try:
         while subprocess.run(probe, env=image.environment, stderr=subprocess.DEVNULL).returncode:
-            assert server.poll() is None, f"the server ended with status {server.returncode}"
-            assert time.perf_counter() - began < 60, "not healthy within a minute"
-        print(f"healthy after {time.perf_counter() - began:.1f} s, with the probe's own start")
+            if server.poll() is not None:
+                raise UserError(f"the server ended with status {server.returncode}")
+            if time.perf_counter() - start > 60:
+                raise UserError("the server is not healthy after a minute")
+        seconds = time.perf_counter() - start
+        print(f"healthy after {seconds:.1f} s, including the start of the probe")
         body = json.dumps({"inputs": "Shares fell on Monday."}).encode()
-        with urllib.request.urlopen(f"http://127.0.0.1:{image.port}/predict", body) as answer:
-            print(f"answer: {answer.read().decode()[:100]}")
+        with urllib.request.urlopen(f"http://127.0.0.1:{image.port}/predict", body) as response:
+            print(f"response: {response.read().decode()[:100]}")
     finally:
         server.send_signal(signal.SIGTERM)
-    assert server.wait(60) == 0, f"the server ended with status {server.returncode}"
+    if server.wait(60) != 0:
+        raise UserError(f"the server ended with status {server.returncode} on SIGTERM")
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--model", required=True, help="folder of sweet-jax export --format=onnx")
-    parser.add_argument("--port", type=int, default=8765, help="a free one (default 8765)")
-    options = parser.parse_args()
+def main(argv: list[str] | None = None) -> None:
+    """Builds the environment and checks the server."""
+    parser = ArgumentParser("experiments.launch.check_dockerfile", __doc__ or "")
+    text = "folder from sweet-jax export --format=onnx"
+    parser.add_argument("--model", required=True, help=text)
+    text = "port of the server, a free one (default 8765)"
+    parser.add_argument("--port", type=int, default=8765, help=text)
+    options = parser.parse_args(argv)
+    if not (Path(options.model) / "exits.json").is_file():
+        raise UserError(f"--model={options.model!r} is not a model exported by sweet-jax export")
     steps = read_steps(DOCKERFILE)
     with tempfile.TemporaryDirectory() as name:
         Path(name).chmod(0o755)
@@ -156,8 +171,7 @@ def main() -> int:
         files = [path for path in (Path(name) / "opt/venv").rglob("*") if path.is_file()]
         print(f"/opt/venv: {sum(path.lstat().st_size for path in files) / 1e6:.0f} MB")
         check(steps, image, Path(options.model).resolve())
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

@@ -1,29 +1,30 @@
 #!/usr/bin/env bash
-# Every figure that needs a GPU, in one command, each written to OUT/gpu.md as it comes.
+# Runs all benchmarks that need a GPU, and appends the result of each to OUT/gpu.md as it ends.
 #
 #   experiments/launch/gpu_all.sh DATA_DIR CHECKPOINT             # all parts
-#   experiments/launch/gpu_all.sh DATA_DIR CHECKPOINT step cell   # these parts only, added to the file
+#   experiments/launch/gpu_all.sh DATA_DIR CHECKPOINT step cell   # only these, appended to the file
 #
-# Most of its time is compiling: a program of BERT-base took 55 seconds on an H100 machine of 16 cores
-# (jax 0.11.2). There `step` takes four minutes for its first size and two for each other, `sweep`
-# three; `cell` had trained after 140 seconds, and was not done after 280.
-#
-# DATA_DIR has <task>/{train,validation}.parquet of GLUE's sst2 and mrpc; CHECKPOINT is a base-size
-# encoder's folder, such as `python -m experiments.mpnet_checkpoint` prints. Nothing is downloaded.
-# Parts, in their order:
-#   step       a training step of BERT-base against torch, eager and compiled
-#   sweep      15 replicas together against one after another
-#   attention  cuDNN's attention against einsum
-#   cell       the paper's SST-2 cell, SWEET, 5 rates x 3 seeds, as one command
-#   inference  that cell's model at batch 1, 8, 64, 256, with and without pooling
+# DATA_DIR has <task>/{train,validation}.parquet of GLUE's sst2 and mrpc. CHECKPOINT is the folder of
+# a base-size encoder, such as the one that `python -m experiments.mpnet_checkpoint` prints. Nothing
+# is downloaded. The parts, in their order:
+#   step       a training step of BERT-base compared with torch, eager and compiled
+#   sweep      15 replicas in one program compared with one after another
+#   attention  cuDNN's attention compared with this project's
+#   cell       the paper's SST-2 cell, SWEET, 5 learning rates x 3 seeds, as one command
+#   inference  the model of that cell with batches of 1, 8, 64 and 256, with and without pooling
 #   panel      SST-2 and MRPC, every method, 5 seeds x 2 rates, two jobs at a time: OUT/panel
-#   memory     what the gradients of each method take; not run unless asked for
-# Run in the environment of: pip install -e ".[torch]" && pip install "jax[cuda13]".
+#   memory     temporaries of a training step of SWEET and Early-Exit; only if it is named
 #
-# OUT is another folder (default experiments/results/benchmarks). A part that fails, or takes more
-# than PART_SECONDS (600), is noted, and the others still run; the exit status
-# is then 1. SCRATCH holds runs while they are under way (default a temporary folder; /dev/shm is
-# fast). TINY=1 rehearses the command without a GPU, on tiny shapes.
+# Most of the time is spent compiling: a program of BERT-base took 55 seconds on an H100 machine with
+# 16 cores (jax 0.11.2). There, `step` takes four minutes for its first size and two for each other
+# one, and `sweep` three. `cell` had trained after 140 seconds and had not ended after 280.
+#
+# Needs: pip install -e ".[torch]" && pip install "jax[cuda13]".
+#
+# Environment variables: OUT is the folder of the results (default experiments/results/benchmarks).
+# PART_SECONDS limits each benchmark (default 600); one that fails or takes longer is noted, the
+# others still run, and the exit status is then 1. SCRATCH is a folder for runs (default a temporary
+# one; /dev/shm is fast). TINY=1 tries the script out on tiny shapes, without a GPU.
 set -uo pipefail
 usage() {
   sed -n '2,/^set /p' "$0" | sed '$d; s/^# \{0,1\}//'
@@ -38,7 +39,7 @@ chosen=("$@")
 python="$(command -v python || command -v python3)"
 scratch="$(mktemp -d -p "${SCRATCH:-${TMPDIR:-/tmp}}")"
 trap 'rm -rf "$scratch"' EXIT
-cell="$scratch/cell" # kept for its model
+cell="$scratch/cell" # the part inference uses its model
 export JAX_COMPILATION_CACHE_MAX_SIZE=-1
 
 step=(train_step --shape=bert-base --method=sweet)
@@ -54,7 +55,7 @@ if [ -n "${TINY:-}" ]; then
   panel=(--seeds=0 --learning_rates=1e-3 --exits=1,2 --train_size=60 --max_length=16)
 fi
 
-commands() { # the benchmarks of a part, one a line
+commands() { # prints the benchmarks of a part, one per line
   local large=--size=32x256
   [ -z "${TINY:-}" ] || large=--size=2x12
   local small=${large/256/128}
@@ -72,13 +73,13 @@ commands() { # the benchmarks of a part, one a line
   esac
 }
 
-fill() { # the words of a command, with paths for their names
+fill() { # prints a command with paths in place of DATA_DIR, CHECKPOINT and CELL
   local line="${1//DATA_DIR/$data}"
   line="${line//CHECKPOINT/$checkpoint}"
   echo "${line//CELL/$cell}"
 }
 
-measure() { # runs one benchmark, adds what it prints to the file
+measure() { # runs one benchmark, and appends its output to the file
   local words errors ended
   read -ra words < <(fill "$1")
   errors="$(mktemp -p "$scratch")"
@@ -91,7 +92,7 @@ measure() { # runs one benchmark, adds what it prints to the file
   return 1
 }
 
-panel_job() { # one task and method of the panel, in a folder of its own
+panel_job() { # runs one task and method of the panel: TASK METHOD OPTION...
   timeout "${PART_SECONDS:-600}" "$python" -m experiments.grid --model=mpnet-base "${@:3}" \
     --checkpoint="$checkpoint" --data_dir="$data" --tasks="$1" --methods="$2" \
     --workdir="$scratch/$1-$2" --output="$scratch/scores/$1-$2" >"$scratch/$1-$2.log" 2>&1
@@ -104,7 +105,7 @@ panel_job() { # one task and method of the panel, in a folder of its own
 }
 
 run_panel() {
-  printf '\nThe panel, two jobs at a time, of `python -m experiments.grid --model=mpnet-base %s`\n\n' \
+  printf '\nThe panel, two jobs at a time: `python -m experiments.grid --model=mpnet-base %s`\n\n' \
     "${panel[*]}" >>"$out/gpu.md"
   export -f panel_job
   export out data checkpoint scratch python JAX_COMPILATION_CACHE_DIR="$scratch/xla"
@@ -118,7 +119,7 @@ for part in "${chosen[@]}"; do
   [ "$part" = panel ] || commands "$part" >/dev/null || usage
 done
 cd "$(dirname "$0")/../.." || exit 2
-unset JAX_COMPILATION_CACHE_DIR # compile times are among the figures
+unset JAX_COMPILATION_CACHE_DIR # compile times are measured too
 mkdir -p "$out"
 [ $# -gt 0 ] && [ -e "$out/gpu.md" ] || : >"$out/gpu.md"
 echo "# GPU, $(date +%F)" >>"$out/gpu.md"
@@ -128,7 +129,7 @@ for part in "${chosen[@]}"; do
     run_panel || status=1
     continue
   fi
-  # torch shares the device with JAX in the first part alone.
+  # Only in the part step, torch shares the device with JAX.
   [ "$part" = step ] || export XLA_PYTHON_CLIENT_MEM_FRACTION=0.9
   while read -r line; do measure "$line" || status=1; done < <(commands "$part")
 done

@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
-# One machine with several GPUs: one process, which spreads replicas and rows over all of them.
+# Trains on one machine with several GPUs: one process distributes replicas and rows over them.
 #
 #   experiments/launch/gpu_box.sh --config=configs/glue.py:sst2 --workdir=runs/sst2 \
 #       --config.seeds=0,1,2 --config.learning_rates=1e-5,2e-5,3e-5,5e-5,1e-4 --config.dtype=bfloat16
 #
-# Run in the Python environment of:  pip install -e . && pip install "jax[cuda13]"
-# GPUS=0,2 takes some of them. Replicas (seeds x learning rates) are spread first, then the rows of
-# a batch: a number of replicas, or a batch_size, that is a multiple of the GPUs uses all of them.
+# Needs: pip install -e . && pip install "jax[cuda13]"
+# GPUS=0,2 uses only these GPUs. Replicas (seeds x learning rates) are distributed first, and then
+# the rows of a batch. All GPUs are used if the number of replicas, or batch_size, is a multiple of
+# their number.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 if [ $# = 0 ]; then
@@ -15,9 +16,13 @@ if [ $# = 0 ]; then
 fi
 [ -z "${GPUS:-}" ] || export CUDA_VISIBLE_DEVICES="$GPUS"
 python - <<'PY'
+import sys
+
 import jax
 
-assert jax.default_backend() == "gpu", f"jax sees no GPU here, only {jax.devices()}"
+if jax.default_backend() != "gpu":
+    print(f"error: jax finds no GPU, only {jax.devices()}: install jax[cuda13]", file=sys.stderr)
+    sys.exit(2)
 print(f"{len(jax.devices())} x {jax.devices()[0].device_kind}")
 PY
 exec python -m sweet_jax.main "$@"

@@ -1,14 +1,15 @@
 #!/usr/bin/env bash
-# A sweep on several machines: the same script on each, the head first.
+# Runs a grid on several machines: start this script on each, on the head first.
 #
 #   experiments/launch/ray_grid.sh head --model=bert-base --output=DIR --workdir=DIR
 #   experiments/launch/ray_grid.sh worker HEAD:6379
 #   srun --ntasks-per-node=1 experiments/launch/ray_grid.sh slurm --model=bert-base ...
 #
-# The checkout, its Python environment (pip install -e '.[cluster]', and jax for the accelerator,
-# such as "jax[cuda13]" or "jax[tpu]"), --output, --workdir and the data lie on storage that all
-# machines mount under the same paths. Ray finds GPUs and TPU chips itself. `slurm` runs in an
-# allocation whose tasks own their nodes' devices: sbatch --nodes=4 --exclusive.
+# All machines must see the checkout, its Python environment (pip install -e '.[cluster]', and jax
+# for the accelerator, such as "jax[cuda13]" or "jax[tpu]"), --output, --workdir and the data under
+# the same paths. Ray finds GPUs and TPU chips by itself. `slurm` needs an allocation of whole nodes:
+# sbatch --nodes=4 --exclusive. RAY_PORT is the port of the head (default 6379), and RAY_WAIT the
+# seconds that the head waits for other machines before it starts the grid.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 export RAY_USAGE_STATS_ENABLED=0 HF_HUB_OFFLINE="${HF_HUB_OFFLINE:-0}"
@@ -19,7 +20,7 @@ usage() {
   exit 2
 }
 
-# Newer versions of Ray ask a token of whoever connects: ~/.ray/auth_token, the same everywhere.
+# Newer versions of Ray require a token, ~/.ray/auth_token, which must be the same on all machines.
 token() {
   if [ -z "${RAY_AUTH_MODE:-}" ] && ray get-auth-token --help >/dev/null 2>&1; then
     export RAY_AUTH_MODE=token
@@ -31,7 +32,7 @@ start_head() {
   token head
   ray start --head --port="$port" --include-dashboard=false
   trap 'ray stop >/dev/null' EXIT
-  sleep "${RAY_WAIT:-0}" # seconds for the other machines to join; the grid also uses later ones
+  sleep "${RAY_WAIT:-0}" # machines that join later are used too
   python -m experiments.grid --engine=ray --address="127.0.0.1:$port" "$@"
 }
 
@@ -52,8 +53,8 @@ case "${1:-}" in
     if [ "$SLURM_NODEID" = 0 ]; then
       RAY_WAIT="${RAY_WAIT:-60}" start_head "$@"
     else
-      sleep 20 # the head comes first
-      (start_worker "$first:$port") || true # its end is the head's
+      sleep 20 # until the head has started
+      (start_worker "$first:$port") || true # it fails when the head stops
     fi
     ;;
   *) usage ;;

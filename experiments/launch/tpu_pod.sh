@@ -1,18 +1,18 @@
 #!/usr/bin/env bash
-# One run on a Cloud TPU slice of several hosts; called from your own machine, with gcloud.
+# Trains one run on a Cloud TPU slice of several hosts, from your own machine by gcloud.
 #
 #   export TPU=my-slice ZONE=us-central2-b PROJECT=my-project
-#   experiments/launch/tpu_pod.sh create v4-32            # the slice; about 5 minutes
-#   experiments/launch/tpu_pod.sh install 10.0.0.2:/vol1  # this checkout on every host, and a share
+#   experiments/launch/tpu_pod.sh create v4-32            # creates the slice in about 5 minutes
+#   experiments/launch/tpu_pod.sh install 10.0.0.2:/vol1  # this checkout and a share on every host
 #   experiments/launch/tpu_pod.sh run --config=configs/glue.py:sst2 \
 #       --workdir=/mnt/share/runs/sst2 --config.dtype=bfloat16 --config.batch_size=32
-#   experiments/launch/tpu_pod.sh stop                    # state is saved; `run` goes on from there
+#   experiments/launch/tpu_pod.sh stop                    # saves the state, from which `run` resumes
 #   experiments/launch/tpu_pod.sh delete
 #
-# The share is NFS (Filestore, in the slice's network): all hosts write one workdir. Without one, a
-# slice of a single host (v4-8, v5litepod-8) needs none: leave the argument out. Data and checkpoints
-# that the hub does not have go to the share too. The processes find each other; a host that is lost
-# stops the others, and `run` goes on from the last checkpoint, on any number of hosts.
+# All hosts write to one workdir, so it must be on a share: NFS, such as Filestore in the slice's
+# network. A slice with a single host (v4-8, v5litepod-8) needs none: leave the argument out. Data
+# and checkpoints that are not on the hub go to the share too. The processes find each other. If a
+# host is lost, the others stop, and `run` resumes from the last checkpoint, on any number of hosts.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
