@@ -60,14 +60,14 @@ def fit_probe(job: PreparedRun, workdir: Path) -> Probe:
         "heads and are baselines in the report",
         len(config.exits),
     )
-    places = _columns(rows)
+    columns = _columns(rows)
     if _same_features(params):  # always if R = 1
         config = dataclasses.replace(
             config, seeds=config.seeds[:1], learning_rates=config.learning_rates[:1]
         )
         params = jax.tree.map(lambda x: x[:1], params)
         used = np.unique(rows)
-        rows, places = used[None], np.searchsorted(used, rows)  # [1, U], [R, N + M]
+        rows, columns = used[None], np.searchsorted(used, rows)  # [1, U], [R, N + M]
     mesh = make_mesh(len(rows), len(jax.devices()))  # `evaluate` fills its batches up for all
     params = reshard(params, jax.tree.map(lambda _: replica_sharding(mesh, len(rows)), params))
     program = compile_evaluation(config, graphdef, mesh, features=True)
@@ -76,25 +76,25 @@ def fit_probe(job: PreparedRun, workdir: Path) -> Probe:
         batches = -(-picked.shape[1] // config.evaluation_batch_size)
         with _progress("probe, encoding", batches, "batches") as bar:
             counted = _counted(program, bar)
-            found = evaluate(config, counted, params, tokens, picked, features=True)
-        return np.asarray(found.features)
+            output = evaluate(config, counted, params, tokens, picked, features=True)
+        return np.asarray(output.features)
 
     inputs, labels = features(job.train, rows), job.train.labels[rows]
     size = (rows.shape[1], len(config.exits), inputs.nbytes / 2**20)
     log.info("probe: features of %d rows at %d exits, %.0f MiB", *size)
-    objective, parts = job.objective, (places[:, :count], places[:, count:])
+    objective, parts = job.objective, (columns[:, :count], columns[:, count:])
     fits = len(np.unique(parts[0], axis=0)) * len(config.exits) * len(PENALTIES)
     with _progress("probe, fitting", fits, "fits") as bar:
         linear = _counted_solver(objective.linear, bar)
-        found = fit_classifiers(inputs, labels, *parts, classes, linear)
-    found = broadcast_from_primary(found)
+        classifiers = fit_classifiers(inputs, labels, *parts, classes, linear)
+    classifiers = broadcast_from_primary(classifiers)
     shown = features(job.validation, job.validation_rows[: len(rows)])
-    predictions = found.predictions(shown, objective)
+    predictions = classifiers.predictions(shown, objective)
     if job.scaler:
         predictions = job.scaler.unscale(predictions)
-    probe = Probe(found, predictions)
+    probe = Probe(classifiers, predictions)
     if is_primary():
-        found.save(path, predictions=probe.predictions)
+        classifiers.save(path, predictions=probe.predictions)
     barrier("probe")
     log.info("probe: %.0f seconds", time.perf_counter() - began)
     return probe
@@ -109,9 +109,9 @@ def _counted(program: Callable, bar: tqdm) -> Callable:
     """Returns a program that advances a bar by one each time it is called."""
 
     def run(*arguments: Any) -> Any:
-        found = program(*arguments)
+        result = program(*arguments)
         bar.update()
-        return found
+        return result
 
     return run
 
@@ -130,10 +130,10 @@ def _counted_solver(linear: LinearModel, bar: tqdm) -> LinearModel:
 
 
 def _read_probe(path: Path) -> Probe:
-    known = read_classifiers(path)
-    assert known is not None, f"{path} exists only for the primary process: share the workdir"
+    classifiers = read_classifiers(path)
+    assert classifiers is not None, f"{path} exists only for the primary process: share the workdir"
     with np.load(path, allow_pickle=False) as arrays:
-        return Probe(known, arrays["predictions"])
+        return Probe(classifiers, arrays["predictions"])
 
 
 def _rows_to_fit(job: PreparedRun) -> tuple[np.ndarray, int]:
@@ -142,11 +142,11 @@ def _rows_to_fit(job: PreparedRun) -> tuple[np.ndarray, int]:
     At most ROWS rows of each kind are drawn, with a fixed seed: more would take hours without
     changing the fit much.
     """
-    found = []
+    parts = []
     for rows in (job.rows.training, job.rows.tuning):
         use = np.random.default_rng(0).permutation(rows.shape[1])[:ROWS]
-        found.append(rows[:, np.sort(use)])
-    return np.concatenate(found, axis=1), found[0].shape[1]
+        parts.append(rows[:, np.sort(use)])
+    return np.concatenate(parts, axis=1), parts[0].shape[1]
 
 
 def _columns(rows: np.ndarray) -> np.ndarray:
@@ -206,19 +206,24 @@ def refit_heads(
     sound = np.isfinite(features).all(axis=(1, 2, 3))  # [R]
     if not sound.all():
         features[~sound] = 0
-    labels, places = job.train.labels[rows], _columns(rows)
-    parts = places[:, :count], places[:, count:]
+    labels, columns = job.train.labels[rows], _columns(rows)
+    parts = columns[:, :count], columns[:, count:]
     fits = len(rows) * len(model.exits) * len(PENALTIES)
     with _progress("fitting the heads", fits, "fits") as bar:
         linear = _counted_solver(job.objective.linear, bar)
-        found = fit_classifiers(features, labels, *parts, classes, linear)
-    found = LinearClassifiers(*(np.array(array) for array in broadcast_from_primary(found)))
+        classifiers = fit_classifiers(features, labels, *parts, classes, linear)
+    classifiers = LinearClassifiers(
+        *(np.array(array) for array in broadcast_from_primary(classifiers))
+    )
     for e, layer in enumerate(model.exits):
         dense = jax.tree.map(to_host, params["heads"][str(layer)]["classifier"])
         kept = ~sound | begun | (layer in grown)  # [R]
-        found.kernel[kept, e], found.bias[kept, e] = dense["kernel"][kept], dense["bias"][kept]
-    _save_refit(found, model, workdir)
-    new = with_classifiers(params, model.exits, found, range(len(model.exits)))
+        classifiers.kernel[kept, e], classifiers.bias[kept, e] = (
+            dense["kernel"][kept],
+            dense["bias"][kept],
+        )
+    _save_refit(classifiers, model, workdir)
+    new = with_classifiers(params, model.exits, classifiers, range(len(model.exits)))
     return reshard(new, jax.tree.map(lambda x: x.sharding, params))
 
 

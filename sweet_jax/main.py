@@ -116,9 +116,9 @@ def parse(argv: Sequence[str]) -> Command:
     recipe = _recipe(first.config) if first.config else None
     if recipe is None or not first.workdir:
         unknown = [text for text in rest[1:] if not text.startswith("--config.")]
-        what = f"unknown argument {unknown[0]!r}: " if unknown else ""
+        problem = f"unknown argument {unknown[0]!r}: " if unknown else ""
         raise UserError(
-            f"{what}pass FILE, a file of labeled rows, or --config=FILE and --workdir=DIR "
+            f"{problem}pass FILE, a file of labeled rows, or --config=FILE and --workdir=DIR "
             "(--help lists all options)"
         )
     workdir = expand_user(first.workdir)  # shells do not expand ~ after --workdir=
@@ -156,18 +156,18 @@ def parse_budget(text: str | None, most: float = 1.0) -> dict[str, float]:
     """
     if text is None:
         return {}
-    found = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*(ms)?\s*", text)
-    if not found or float(found[1]) <= 0:
+    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*(ms)?\s*", text)
+    if not match or float(match[1]) <= 0:
         raise UserError(
             "--budget must be a time, such as 5ms, or a fraction of the layers, such as 0.5; got "
             f"{text!r}"
         )
-    if not found[2] and float(found[1]) > most:
+    if not match[2] and float(match[1]) > most:
         raise UserError(
-            f"--budget={found[1]} is a fraction of the layers, which is at most {most:.3g}: for "
-            f"milliseconds write --budget={found[1]}ms"
+            f"--budget={match[1]} is a fraction of the layers, which is at most {most:.3g}: for "
+            f"milliseconds write --budget={match[1]}ms"
         )
-    return {"milliseconds" if found[2] else "cost": float(found[1])}
+    return {"milliseconds" if match[2] else "cost": float(match[1])}
 
 
 def _recipe_lines() -> Iterator[str]:

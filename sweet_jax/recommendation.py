@@ -58,20 +58,20 @@ def recommend(run: Path, target: Mapping[str, float]) -> str:
         return "training diverged: there is no operating point to recommend"
     clock = table.until_exit(model.median_tokens)  # [E]
     resolver = analysis.resolver(replica)
-    found = resolver.resolve(analysis.policy, target, clock)
+    resolution = resolver.resolve(analysis.policy, target, clock)
     lines, option = [], "".join(f" --{name}={value:g}" for name, value in target.items())
-    if found.threshold is None and target:
-        lines.append(_refusal(target, found.reachable))
-        target, found, option = {}, resolver.resolve(analysis.policy), ""
+    if resolution.threshold is None and target:
+        lines.append(_refusal(target, resolution.reachable))
+        target, resolution, option = {}, resolver.resolve(analysis.policy), ""
     # If no threshold keeps the last exit's metric, all layers are used.
-    threshold = np.inf if found.threshold is None else found.threshold
+    threshold = np.inf if resolution.threshold is None else resolution.threshold
     lengths = _validation_lengths(run, model) if model.long_tokens else None
     exits = analysis.exits_taken(replica, threshold)
     times = np.broadcast_to(clock, (len(exits), len(clock)))  # [N, E]
     if lengths is not None:
         times = table.interpolate_until_exit(lengths)
     lines.append(_describe(analysis, threshold, times))
-    lines.append(_describe_choice(analysis, found, target))
+    lines.append(_describe_choice(analysis, resolution, target))
     lines += _describe_effects(run, analysis, threshold)
     spread = None if lengths is None else describe_spread(times, exits, target)
     lines.append(_describe_times(model, table, spread))
@@ -95,8 +95,8 @@ def _measure(model: ModelArtifact) -> list[LatencyTable]:
 
     A table with these lengths that `predict --measure` saved is used instead of measuring again.
     """
-    each = (model.median_tokens, max(model.long_tokens, model.median_tokens))
-    lengths = sorted({padded_length(tokens, model.max_length) for tokens in each})
+    token_counts = (model.median_tokens, max(model.long_tokens, model.median_tokens))
+    lengths = sorted({padded_length(tokens, model.max_length) for tokens in token_counts})
     choices = available_engines(model, precision="float32")
     log.info("measuring the time per text: %s", ", ".join(choice.engine for choice in choices))
     tables = []

@@ -81,8 +81,8 @@ def _log_labels(job: PreparedRun) -> None:
     """Logs the labels with their row counts, and warns of labels that look wrong or are rare."""
     splits, names = (job.dataset.train, job.dataset.validation), job.dataset.classes
     column = job.objective.column
-    said, warnings = column.describe(np.concatenate([s.labels for s in splits]), names)
-    log.info(said)
+    description, warnings = column.describe(np.concatenate([s.labels for s in splits]), names)
+    log.info(description)
     for warning in warnings:
         log.warning(warning)
     rows = (job.rows.training[0], job.rows.calibration[0])

@@ -26,18 +26,18 @@ _STRAGGLERS = 0.5  # seconds to wait for the messages of other threads that fail
 
 def storage_failure(error: BaseException) -> str | None:
     """Returns a message for an error of a disk that cannot be written; None for other errors."""
-    what = _find_cause(error, _STORAGE_ERRORS)
-    if what is None:
+    cause = _find_cause(error, _STORAGE_ERRORS)
+    if cause is None:
         return None
-    return f"files cannot be written ({what}): free space on the disk, or make it writable"
+    return f"files cannot be written ({cause}): free space on the disk, or make it writable"
 
 
 def access_failure(error: BaseException) -> str | None:
     """Returns a message for a file without permission to access; None for other errors."""
-    what = _find_cause(error, _ACCESS_ERRORS)
-    if what is None:
+    cause = _find_cause(error, _ACCESS_ERRORS)
+    if cause is None:
         return None
-    return f"a file cannot be read or written ({what}): change its permissions, or choose another"
+    return f"a file cannot be read or written ({cause}): change its permissions, or choose another"
 
 
 def _find_cause(error: BaseException, numbers: Collection[int]) -> str | None:
@@ -48,8 +48,8 @@ def _find_cause(error: BaseException, numbers: Collection[int]) -> str | None:
     """
     for cause in causes(error):
         number = cause.errno if isinstance(cause, OSError) else None
-        if number is None and (found := _NATIVE_ERROR.search(str(cause))):
-            number = int(found[1])
+        if number is None and (match := _NATIVE_ERROR.search(str(cause))):
+            number = int(match[1])
         if number is not None and number in numbers:
             native = _NATIVE_FILE.search(str(cause))
             name = getattr(cause, "filename", None) or (native and native[1])

@@ -148,8 +148,8 @@ def _check_last_exit(config: Keys) -> None:
     for key in ("last_exit_first", "distillation_weight"):
         value = getattr(config, key)
         if value and not several:
-            what = "the model has" if len(config.exits) == 1 else f"a {config.method} model has"
-            raise UserError(f"{key}={value:g} needs several exits, but {what} one: remove it")
+            subject = "the model has" if len(config.exits) == 1 else f"a {config.method} model has"
+            raise UserError(f"{key}={value:g} needs several exits, but {subject} one: remove it")
     for key, default in (("unlabeled_files", ""), ("distillation_temperature", 1.0)):
         value = getattr(config, key)
         if value != default and not config.distillation_weight:
@@ -169,16 +169,16 @@ def _check_conflict(config: Keys) -> None:
     method = METHODS[config.method]
     isolation = config.isolation or method.isolation
     closed = min(*isolation, *config.boundary_isolation, 1.0) == 1
-    one = len(config.exits) == 1
-    if config.conflict_every and (method.model_per_exit or closed or one):
-        what = f"isolation={config.isolation!r}"
+    single_exit = len(config.exits) == 1
+    if config.conflict_every and (method.model_per_exit or closed or single_exit):
+        setting = f"isolation={config.isolation!r}"
         if method.model_per_exit or (closed and not config.isolation):
-            what = f"method={config.method}"
-        elif one:
-            what = "one exit"
+            setting = f"method={config.method}"
+        elif single_exit:
+            setting = "one exit"
         raise UserError(
             f"conflict_every={config.conflict_every} compares the gradients of exits that train "
-            f"the same layer, but with {what} no two exits do: remove it, or use "
+            f"the same layer, but with {setting} no two exits do: remove it, or use "
             "--config.method=early_exit with several exits and open boundaries"
         )
 

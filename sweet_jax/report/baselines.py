@@ -64,11 +64,11 @@ class Baseline:
     cost: float
 
     def __post_init__(self) -> None:
-        given = np.asarray(self.predictions)
-        kind = given.dtype.kind
-        given = given[None] if given.ndim == 1 and kind in "iu" else given
-        sound = given.ndim == (3 if kind == "b" else 2) and 0 not in given.shape
-        if not sound or kind not in "iubf" or (kind in "iu" and given.min() < 0):
+        predictions = np.asarray(self.predictions)
+        kind = predictions.dtype.kind
+        predictions = predictions[None] if predictions.ndim == 1 and kind in "iu" else predictions
+        sound = predictions.ndim == (3 if kind == "b" else 2) and 0 not in predictions.shape
+        if not sound or kind not in "iubf" or (kind in "iu" and predictions.min() < 0):
             raise ValueError(
                 f"predictions of {self.name!r} must be class indices [R, N] or [N], labels bool "
                 "[R, N, C] or numbers [R, N]"
@@ -76,7 +76,7 @@ class Baseline:
         if not (np.isfinite(self.cost) and self.cost >= 0):
             raise ValueError(f"the cost of {self.name!r} must be at least 0; got {self.cost}")
         dtype = np.int64 if kind in "iu" else np.float32 if kind == "f" else bool
-        object.__setattr__(self, "predictions", given.astype(dtype))
+        object.__setattr__(self, "predictions", predictions.astype(dtype))
 
     def for_replica(self, replica: int) -> np.ndarray:
         """Returns the predictions of one replica; class indices are int64 [N]."""
@@ -96,8 +96,8 @@ def constant_predictions(
 
     For classes it is the most frequent class, the first among ties, int64 [n].
     """
-    one = np.asarray(objective.linear.constant(targets, classes))
-    return np.broadcast_to(one, (n, *one.shape)).copy()
+    prediction = np.asarray(objective.linear.constant(targets, classes))
+    return np.broadcast_to(prediction, (n, *prediction.shape)).copy()
 
 
 def tfidf_predictions(
@@ -154,8 +154,8 @@ def tfidf_predictions(
         return _fit_model(model, features, labels)
 
     def predict(model: Any, rows: Any) -> np.ndarray:
-        found = model.predict(rows)
-        return found.astype(bool) if labels.ndim > 1 else found
+        predicted = model.predict(rows)
+        return predicted.astype(bool) if labels.ndim > 1 else predicted
 
     if tuning is not None and len(tuning[0]):
         held = _drawn(tuning[0], seed)
@@ -201,18 +201,18 @@ def _fit_features(texts: Sequence[tuple[str, ...]], classes: int) -> list[Any]:
     most = min(_FEATURES, _WEIGHTS // classes) // len(columns)
     fitted = []
     for column in columns:
-        found = None
+        usable = None
         # With many rows, drop terms that occur in a single row, unless that drops all terms.
         for least in (2, 1) if len(texts) >= 1000 else (1,):
             vectorizer = TfidfVectorizer(
                 ngram_range=(1, 2), sublinear_tf=True, min_df=least, max_features=most
             )
             try:
-                found = vectorizer.fit(column)
+                usable = vectorizer.fit(column)
                 break
             except ValueError:  # there are no words
                 continue
-        fitted.append(found)
+        fitted.append(usable)
     return fitted
 
 

@@ -56,10 +56,12 @@ def class_report(
     if rows.objective.categorical is None or not names:
         return None
     exits = analysis.exits_taken(replica, threshold)  # [N]
-    labels, each = rows.labels[0], rows.predictions[0]  # [N, ...], [E, N, ...]
-    given = each[exits, np.arange(len(labels))]  # [N, ...]
-    found = {
-        "classes": _class_rows(labels, (given, each[-1]), exits, len(each), names),
+    labels, predictions = rows.labels[0], rows.predictions[0]  # [N, ...], [E, N, ...]
+    predicted = predictions[exits, np.arange(len(labels))]  # [N, ...]
+    report = {
+        "classes": _class_rows(
+            labels, (predicted, predictions[-1]), exits, len(predictions), names
+        ),
         "matrices": None,
         "names": names,
         "pairs": [],
@@ -72,13 +74,13 @@ def class_report(
         from sklearn.metrics import confusion_matrix
 
         numbers = np.arange(len(names))
-        answers = given, each[-1]
+        answers = predicted, predictions[-1]
         matrices = [confusion_matrix(labels, g, labels=numbers) for g in answers]  # [C, C] each
-        found["matrices"] = [m.tolist() for m in matrices] if len(names) <= _MATRIX else None
-        found["pairs"] = _confused_pairs(matrices[0], matrices[1], names)
+        report["matrices"] = [m.tolist() for m in matrices] if len(names) <= _MATRIX else None
+        report["pairs"] = _confused_pairs(matrices[0], matrices[1], names)
     if texts is None:
-        return found
-    return found | _mistakes(rows, exits, analysis.temperatures[replica], texts)
+        return report
+    return report | _mistakes(rows, exits, analysis.temperatures[replica], texts)
 
 
 def _shown_names(rows: ExitOutputs) -> list[str]:
@@ -97,15 +99,15 @@ def _mistakes(
       texts: texts of the rows [N].
 
     """
-    names, labels, each = _shown_names(rows), rows.labels[0], rows.predictions[0]
+    names, labels, predictions = _shown_names(rows), rows.labels[0], rows.predictions[0]
     everywhere = np.arange(len(labels))
-    given, same = each[exits, everywhere], rows.objective.same  # [N, ...]
+    predicted, same = predictions[exits, everywhere], rows.objective.same  # [N, ...]
     scales = np.where(np.isfinite(temperatures), temperatures, 1)[exits, None]  # [N, 1]
     chosen = rows.logits[0][exits, everywhere]  # [N, C]
     probability = _probabilities(chosen.astype(np.float64) / scales, rows)  # [N]
-    wrong = np.flatnonzero(~same(given, labels) & np.isfinite(probability))
+    wrong = np.flatnonzero(~same(predicted, labels) & np.isfinite(probability))
     wrong = wrong[np.argsort(-probability[wrong], kind="stable")]
-    always = wrong[same(each[:, wrong], given[wrong]).all(axis=0)]
+    always = wrong[same(predictions[:, wrong], predicted[wrong]).all(axis=0)]
 
     def named(value: np.ndarray) -> str:
         if value.ndim == 0:
@@ -116,7 +118,7 @@ def _mistakes(
         text = " / ".join(texts[row])
         return {
             "label": named(labels[row]),
-            "prediction": named(given[row]),
+            "prediction": named(predicted[row]),
             "probability": float(probability[row]),
             "layer": int(rows.layers[exits[row]]),
             "text": text if len(text) <= _CHARACTERS else text[:_CHARACTERS] + "…",
@@ -131,10 +133,10 @@ def _mistakes(
 def _probabilities(logits: np.ndarray, rows: ExitOutputs) -> np.ndarray:
     """Returns the probability of each row's answer, float64 [N], from calibrated logits [N, C]."""
     with np.errstate(invalid="ignore"):  # logits that diverged give NaN
-        found = rows.objective.probabilities(logits)  # [N, C]
+        probabilities = rows.objective.probabilities(logits)  # [N, C]
     if rows.labels.ndim == 2:
-        return found.max(axis=-1)
-    return np.maximum(found, 1 - found).min(axis=-1)
+        return probabilities.max(axis=-1)
+    return np.maximum(probabilities, 1 - probabilities).min(axis=-1)
 
 
 def _class_rows(
@@ -163,17 +165,17 @@ def _class_rows(
         for which in answers
     )
     keys = ("precision", "recall", "f1")
-    found = []
+    rows = []
     for c, name in enumerate(names):
         has = labels == c if labels.ndim == 1 else labels[:, c]
         taken = np.bincount(exits[has], minlength=count)  # [E]
-        found.append(
+        rows.append(
             {"number": c, "name": name, "support": int(point[3][c])}
             | {key: float(point[k][c]) for k, key in enumerate(keys)}
             | {"last": {key: float(last[k][c]) for k, key in enumerate(keys)}}
             | {"shares": (taken / taken.sum()).tolist() if taken.sum() else None}
         )
-    return sorted(found, key=lambda row: row["f1"])
+    return sorted(rows, key=lambda row: row["f1"])
 
 
 def _calibration_rows(rows: ExitOutputs, temperature: float) -> list[dict[str, Any]]:
@@ -187,16 +189,16 @@ def _calibration_rows(rows: ExitOutputs, temperature: float) -> list[dict[str, A
     variables, logits = rows.objective.categorical, rows.logits[0, -1].astype(np.float64)
     if variables is None or not np.isfinite(logits).all() or not np.isfinite(temperature):
         return []
-    each = np.exp(log_softmax(variables.logits(logits / temperature)))  # [N, V, K]
+    probabilities = np.exp(log_softmax(variables.logits(logits / temperature)))  # [N, V, K]
     outcomes = variables.outcomes(rows.labels[0])  # [N, V]
     several = (
         rows.labels[0].ndim == 2
     )  # each label is a variable, and is present if its outcome is 1
-    place = np.s_[:, 1] if several else np.s_[0]
-    errors = calibration_error_by_outcome(each, outcomes)[place]  # [C]
-    mean = each.mean(axis=0)[place]  # [C]
+    selected = np.s_[:, 1] if several else np.s_[0]
+    errors = calibration_error_by_outcome(probabilities, outcomes)[selected]  # [C]
+    mean = probabilities.mean(axis=0)[selected]  # [C]
     has = outcomes if several else outcomes == np.arange(len(mean))  # [N, C]
-    found = [
+    calibration = [
         {
             "name": name,
             "support": int(has[:, c].sum()),
@@ -206,7 +208,7 @@ def _calibration_rows(rows: ExitOutputs, temperature: float) -> list[dict[str, A
         }
         for c, name in enumerate(_shown_names(rows))
     ]
-    return sorted(found, key=lambda row: -row["error"])
+    return sorted(calibration, key=lambda row: -row["error"])
 
 
 def _confused_pairs(

@@ -42,13 +42,13 @@ def exit_table(results: Mapping[str, Any]) -> str:
         )
     if len(mean["seeds"]) > 1:
         pairs = zip(mean["individual"], results["ci95"]["individual"], strict=True)
-        each = ", ".join(
+        scores = ", ".join(
             f"{m['layer']}: {format_number(m['score'])} ± {format_number(c['score'])}"
             for m, c in pairs
         )
         lines.append(
             f"mean of {len(mean['seeds'])} seeds at learning rate {mean['learning_rate']:g}, with "
-            f"95% intervals: {each}"
+            f"95% intervals: {scores}"
         )
     return "\n".join(heading + lines)
 
@@ -104,7 +104,7 @@ def describe_divergence(row: Mapping[str, Any]) -> str:
         f"replica {row['replica']} (seed {row['seed']}, learning rate {row['learning_rate']:g}), "
         f"exit {row['exit']}"
     )
-    what, _, name = row["what"].partition(" to ")
-    if what == "collapsed":
+    problem, _, name = row["what"].partition(" to ")
+    if problem == "collapsed":
         return f"collapsed: {who} predicts {name} for every row{since}"
     return f"diverged: {who}: {row['what']}{since}"

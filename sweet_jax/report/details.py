@@ -102,8 +102,8 @@ def recommended_threshold(
     """
     clock = None if details.times is None else details.times.milliseconds
     resolver = analysis.resolver(replica)
-    found = resolver.resolve(analysis.policy, details.target, clock).threshold
-    if found is not None:
-        return found, True
-    found = resolver.resolve(analysis.policy).threshold
-    return np.inf if found is None else found, not details.target
+    threshold = resolver.resolve(analysis.policy, details.target, clock).threshold
+    if threshold is not None:
+        return threshold, True
+    threshold = resolver.resolve(analysis.policy).threshold
+    return np.inf if threshold is None else threshold, not details.target

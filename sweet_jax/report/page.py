@@ -130,11 +130,11 @@ def _policies(
     analysis: Analysis, best: int, details: ReportDetails
 ) -> list[dict[str, dict[str, Any]]]:
     """Returns `policy_series` of each replica, with all policies for the best one."""
-    found = []
+    series = []
     for replica in range(len(analysis.replicas)):
         threshold, _ = recommended_threshold(analysis, replica, details)
-        found.append(policy_series(analysis, replica, threshold, every=replica == best))
-    return found
+        series.append(policy_series(analysis, replica, threshold, every=replica == best))
+    return series
 
 
 def _page_data(
@@ -207,21 +207,21 @@ def _warnings(
 
 def _spread(analysis: Analysis, replica: int, threshold: float, details: ReportDetails) -> str:
     """Describes the time of slow texts at a threshold; "" if unknown."""
-    each = None if details.times is None else details.times.by_text
-    if each is None or not np.isfinite(analysis.area[replica]):
+    text_times = None if details.times is None else details.times.by_text
+    if text_times is None or not np.isfinite(analysis.area[replica]):
         return ""
-    words = describe_spread(each, analysis.exits_taken(replica, threshold), details.target)
+    words = describe_spread(text_times, analysis.exits_taken(replica, threshold), details.target)
     return f"{words[:1].upper()}{words[1:]}"
 
 
 def _raised_errors(results: Mapping[str, Any]) -> list[str]:
     """Describes the exits of the best replica whose ECE increases with temperature scaling."""
-    found = []
+    descriptions = []
     for row in results["replicas"][results["best_replica"]]["quality"]:
         before, after = row["before"]["ece"], row["after"]["ece"]
         if before is not None and after is not None and after - before >= _RAISED:
-            found.append(f"exit {row['layer']} from {before:.4f} to {after:.4f}")
-    return found
+            descriptions.append(f"exit {row['layer']} from {before:.4f} to {after:.4f}")
+    return descriptions
 
 
 def _describe_cut(
@@ -233,11 +233,11 @@ def _describe_cut(
         return None
     rows = analysis.validation.replica(replica)
     exits, labels = analysis.exits_taken(replica, threshold), rows.labels[0]
-    given = rows.predictions[0][exits, np.arange(len(exits))]  # [N, ...]
+    predicted = rows.predictions[0][exits, np.arange(len(exits))]  # [N, ...]
     parts = []
     for name, use in (("truncated texts", cut), ("other texts", ~cut)):
         if use.any():
-            arguments = rows.metric, given[use], labels[use], rows.logits.shape[-1]
+            arguments = rows.metric, predicted[use], labels[use], rows.logits.shape[-1]
             score, interval = compute_metric(*arguments), score_interval(*arguments)
             parts.append({"name": name, "n": int(use.sum()), "score": score, "interval": interval})
     return {"rows": int(cut.sum()), "max_length": details.max_length, "parts": parts}

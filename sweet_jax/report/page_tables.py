@@ -49,7 +49,7 @@ def policy_series(
     own, validation = analysis.policy, analysis.validation.replica(replica)
     others = [name for name in deployable_policies(validation) if name != own] if every else []
     resolver = analysis.resolver(replica, (own, *others))
-    found = {}
+    series = {}
     for name in (own, *others):
         exact = simulate(validation, name, calibrators=[resolver.calibrator])
         tables = {
@@ -67,7 +67,7 @@ def policy_series(
             analysis.calibration.replica(replica), validation, name, resolver.calibrator
         )
         curve = read_curve(exact, at)
-        found[name] = {
+        series[name] = {
             "curve": {
                 "threshold": format_thresholds(at, points),
                 "cost": _rounded(curve.cost[0]),
@@ -83,7 +83,7 @@ def policy_series(
             }
             | _certified_series(analysis, replica, name, resolver),
         }
-    return found
+    return series
 
 
 def _positions(exact: Curve, chosen: np.ndarray, points: int) -> np.ndarray:
@@ -136,16 +136,16 @@ def _certified_series(
     points = row_breakpoints(
         analysis.calibration.replica(replica), validation, policy, half, cross_fitted=False
     )
-    found = {}
+    series = {}
     for kind in CERTIFICATE_KINDS:
         table = resolver.table(policy, kind)
         curve = read_curve(exact, table.threshold)
-        found[kind] = _target_series(table) | {
+        series[kind] = _target_series(table) | {
             "threshold": format_thresholds(table.threshold, points),
             "cost": _rounded(curve.cost[0]),
             "score": _rounded(curve.score[0]),
         }
-    return found
+    return series
 
 
 def row_series(
@@ -207,12 +207,14 @@ def certificate_table(analysis: Analysis, replica: int) -> list[dict[str, Any]]:
     rows = []
     for kind in CERTIFICATE_KINDS:
         for limit in _LIMITS:
-            found = resolver.certificate(analysis.policy, kind, limit)
-            resolution = Resolution(found.threshold, resolver.half_calibrator, certificate=found)
+            certificate = resolver.certificate(analysis.policy, kind, limit)
+            resolution = Resolution(
+                certificate.threshold, resolver.half_calibrator, certificate=certificate
+            )
             cost, value = analysis.evaluate(replica, resolution).validation or (None, None)
             shown = None
-            if found.threshold is not None:
-                shown = format_threshold(found.threshold, points)
-            row = dataclasses.asdict(found) | {"text": shown, "cost": cost, "score": value}
+            if certificate.threshold is not None:
+                shown = format_threshold(certificate.threshold, points)
+            row = dataclasses.asdict(certificate) | {"text": shown, "cost": cost, "score": value}
             rows.append(row)
     return rows

@@ -48,18 +48,18 @@ def individual_exits(outputs: ExitOutputs, replica: int) -> list[dict[str, Any]]
     classes, labels = outputs.logits.shape[-1], outputs.labels[replica]
     rows = []
     for e, layer in enumerate(outputs.layers):
-        given = outputs.predictions[replica, e]
+        predicted = outputs.predictions[replica, e]
         rows.append(
             {
                 "layer": int(layer),
                 "cost": float(np.asarray(outputs.cost)[e]),
-                "score": compute_metric(metric, given, labels, classes),
+                "score": compute_metric(metric, predicted, labels, classes),
                 "n": len(labels),
-                "interval": list(score_interval(metric, given, labels, classes)),
+                "interval": list(score_interval(metric, predicted, labels, classes)),
             }
         )
         if measures := outputs.objective.measures:
-            rows[-1]["measures"] = {name: measure(given, labels) for name, measure in measures}
+            rows[-1]["measures"] = {name: measure(predicted, labels) for name, measure in measures}
     return replace_nonfinite(rows)
 
 

@@ -50,10 +50,10 @@ def find_shortfalls(
     for a baseline with other rows, replicas or classes than the outputs.
     """
     labels, classes = outputs.labels[replica], outputs.logits.shape[-1]
-    given, chosen = outputs.replica(replica).predictions[0], outputs.objective.metric(metric)
+    predictions, chosen = outputs.replica(replica).predictions[0], outputs.objective.metric(metric)
     findings: list[Shortfall] = []
-    for layer, cost, ours in zip(outputs.layers, outputs.cost, given, strict=True):
-        value, found = compute_metric(chosen, ours, labels, classes), []
+    for layer, cost, ours in zip(outputs.layers, outputs.cost, predictions, strict=True):
+        value, of_exit = compute_metric(chosen, ours, labels, classes), []
         for baseline in baselines:
             if baseline.cost > cost + _TOLERANCE and baseline.name != f"probe_{layer}":
                 continue
@@ -64,8 +64,8 @@ def find_shortfalls(
             gap, low, high = paired_difference(chosen, ours, theirs, labels, classes)
             if high < 0:
                 row = (int(layer), value, baseline.name, other, gap, (low, high), len(labels))
-                found.append(Shortfall(*row))
-        findings += sorted(found, key=lambda f: f.difference)
+                of_exit.append(Shortfall(*row))
+        findings += sorted(of_exit, key=lambda f: f.difference)
     return findings
 
 
@@ -85,16 +85,16 @@ def shortfall_results(
     for baseline in baselines:
         if baseline.name in rows:
             raise ValueError(f"there are two baselines {baseline.name!r}: names must be unique")
-        given = _predictions(baseline, outputs, replica)
+        predicted = _predictions(baseline, outputs, replica)
         rows[baseline.name] = {
-            "score": compute_metric(chosen, given, labels, classes),
+            "score": compute_metric(chosen, predicted, labels, classes),
             "cost": float(baseline.cost),
             "n": len(labels),
-            "interval": list(score_interval(chosen, given, labels, classes)),
+            "interval": list(score_interval(chosen, predicted, labels, classes)),
         }
-    found = find_shortfalls(outputs, replica, baselines, metric)
-    each = [dataclasses.asdict(f) | {"interval": list(f.interval)} for f in found]
-    return {"baselines": rows, "below_baseline": each}
+    shortfalls = find_shortfalls(outputs, replica, baselines, metric)
+    entries = [dataclasses.asdict(f) | {"interval": list(f.interval)} for f in shortfalls]
+    return {"baselines": rows, "below_baseline": entries}
 
 
 def describe_shortfall(finding: Shortfall, results: Mapping[str, Any]) -> str:
@@ -122,20 +122,20 @@ def _advice(finding: Shortfall, results: Mapping[str, Any]) -> str:
     fitted = results.get("head_init") == "probe" and bool(results.get("head_refit"))
     if fitted and finding.baseline.startswith("tfidf"):
         return _FIX_BELOW_TFIDF
-    found = []
+    advice = []
     if not results.get("best_steps"):
-        found.append("train longer (epochs=auto)")
+        advice.append("train longer (epochs=auto)")
     if not results.get("rate_search"):
-        found.append("search the learning rate")
+        advice.append("search the learning rate")
     if not fitted and finding.baseline != "fine_tuned":
-        found.append("use head_init=probe and head_refit")
+        advice.append("use head_init=probe and head_refit")
     if any(METHODS[results["method"]].isolation):
-        found.append("lower isolation")
-    if not found:
-        found.append("more labeled rows or a larger checkpoint may help")
+        advice.append("lower isolation")
+    if not advice:
+        advice.append("more labeled rows or a larger checkpoint may help")
         if finding.exit != results["exits"][-1]:
-            found.append("leave the exit out (exits)")
-    return ", or ".join([", ".join(found[:-1]), found[-1]] if len(found) > 1 else found)
+            advice.append("leave the exit out (exits)")
+    return ", or ".join([", ".join(advice[:-1]), advice[-1]] if len(advice) > 1 else advice)
 
 
 def keeps_encoder(results: Mapping[str, Any]) -> bool:
@@ -167,20 +167,20 @@ def describe_effects(
     Returns the effects by the layer number of the exit.
 
     """
-    given = rows.predictions[0][exits, np.arange(len(exits))]  # [N, ...]
-    value = compute_metric(rows.metric, given, rows.labels[0], rows.logits.shape[-1])
+    predicted = rows.predictions[0][exits, np.arange(len(exits))]  # [N, ...]
+    value = compute_metric(rows.metric, predicted, rows.labels[0], rows.logits.shape[-1])
     name, worse, sign = _shown_metric(rows.metric.name)
-    layers, found = np.asarray(rows.layers), {}
+    layers, effects = np.asarray(rows.layers), {}
     for finding in findings:
         share = float((layers[exits] == finding.exit).mean())
         harmless = value >= finding.baseline_score
-        found[finding.exit] = Effect(
+        effects[finding.exit] = Effect(
             f"{share:.0%} of the texts leave there at the recommended threshold, where the overall "
             f"{name} is {sign * value:.3f}: {'not ' if harmless else ''}{worse} that "
             f"baseline ({sign * finding.baseline_score:.3f})",
             harmless,
         )
-    return found
+    return effects
 
 
 def worst_shortfalls(results: Mapping[str, Any]) -> list[Shortfall]:
@@ -196,12 +196,12 @@ def shortfall_warning(results: Mapping[str, Any]) -> str | None:
 
     It also counts the other exits below a baseline. None if no exit is below a baseline.
     """
-    found = worst_shortfalls(results)
-    if not found:
+    shortfalls = worst_shortfalls(results)
+    if not shortfalls:
         return None
-    worst = min(found, key=lambda f: f.difference)
+    worst = min(shortfalls, key=lambda f: f.difference)
     line = describe_shortfall(worst, results)
-    others = len(found) - 1
+    others = len(shortfalls) - 1
     if not others:
         return line
     return f"{line} ({others} other exit{'s are' if others > 1 else ' is'} below a baseline too)"
@@ -215,10 +215,10 @@ def _predictions(baseline: Baseline, outputs: ExitOutputs, replica: int) -> np.n
             f"baseline {baseline.name!r} has predictions of shape {baseline.predictions.shape}, "
             f"but the outputs have [R, N] = {(replicas, rows)}"
         )
-    given = baseline.for_replica(replica)
-    if given.dtype.kind == "i" and given.max() >= classes:
+    predicted = baseline.for_replica(replica)
+    if predicted.dtype.kind == "i" and predicted.max() >= classes:
         raise ValueError(
-            f"baseline {baseline.name!r} predicts class {given.max()}, but there are only "
+            f"baseline {baseline.name!r} predicts class {predicted.max()}, but there are only "
             f"{classes} classes"
         )
-    return given
+    return predicted

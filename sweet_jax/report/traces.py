@@ -104,19 +104,19 @@ def seed_band(analysis: Analysis, color: str = "#21918c") -> Trace | None:
 
     The curves are those of the chosen learning rate, read at 200 common costs.
     """
-    cost, each = common_curves(analysis)
-    if len(each) < 2:
+    cost, scores = common_curves(analysis)
+    if len(scores) < 2:
         return None
-    low, high = each.min(axis=0).tolist(), each.max(axis=0).tolist()
-    return Trace(f"{len(each)} seeds, lowest to highest", color, cost.tolist(), high, low=low)
+    low, high = scores.min(axis=0).tolist(), scores.max(axis=0).tolist()
+    return Trace(f"{len(scores)} seeds, lowest to highest", color, cost.tolist(), high, low=low)
 
 
 def common_curves(analysis: Analysis) -> tuple[np.ndarray, np.ndarray]:
     """Reads the curves of the chosen replicas at common costs: cost [T], metric [R', T]."""
     curve = analysis.curve
     cost = np.linspace(curve.cost.min(), curve.cost.max(), 200)
-    each = [np.interp(cost, curve.cost[r], curve.score[r]) for r in analysis.chosen]
-    return cost, np.stack(each)
+    scores = [np.interp(cost, curve.cost[r], curve.score[r]) for r in analysis.chosen]
+    return cost, np.stack(scores)
 
 
 def bound_traces(results: Mapping[str, Any]) -> list[Trace]:
@@ -181,7 +181,7 @@ def reliability_traces(analysis: Analysis, replica: int) -> dict[str, list[Trace
         return {}
     correct = shares_right(logits, labels, objective)  # [E, N]
     fitted = analysis.temperatures[replica]
-    few, found = max(_FEW, 0.01 * correct.shape[1]), {}
+    few, diagrams = max(_FEW, 0.01 * correct.shape[1]), {}
     for e, layer in enumerate(analysis.validation.layers):
         traces, errors = [Trace("perfect", "#bbbbbb", [0, 1], [0, 1], dash="solid", width=1)], []
         for when, dash, scale in (("before", "dot", np.ones(1)), ("after", "solid", fitted[[e]])):
@@ -199,8 +199,8 @@ def reliability_traces(analysis: Analysis, replica: int) -> dict[str, list[Trace
                 Trace(when, color, *points, dash=dash, symbol="circle", size=6, text=rows)
             )
         if len(errors) == 2:
-            found[f"exit {layer}: ECE {errors[0]:.3f}, after {errors[1]:.3f}"] = traces
-    return found
+            diagrams[f"exit {layer}: ECE {errors[0]:.3f}, after {errors[1]:.3f}"] = traces
+    return diagrams
 
 
 def loss_traces(

@@ -32,16 +32,16 @@ def describe_training(results: Mapping[str, Any], classes: int) -> str:
     objective = OBJECTIVES[results.get("objective") or "single_label"]
     kinds = f" of {classes:,} {objective.outputs}" if classes and objective.agrees else ""
     depth = "1 layer" if layers[-1] == "1" else f"{layers[-1]} layers"
-    what = f"{checkpoint} with {depth}, fine-tuned ({method})"
+    model = f"{checkpoint} with {depth}, fine-tuned ({method})"
     if keeps_encoder(results):
-        what = (
+        model = (
             f"{checkpoint} with {depth}, its weights unchanged (no step of "
             "fine-tuning was better on the tuning rows), and heads fitted"
         )
     if METHODS[results["method"]].model_per_exit:
-        what = f"{len(layers)} models from {checkpoint} ({method})"
+        model = f"{len(layers)} models from {checkpoint} ({method})"
     return (
-        f"{what} on {results['n']['train']:,} rows{kinds}. A text gets its answer after layer "
+        f"{model} on {results['n']['train']:,} rows{kinds}. A text gets its answer after layer "
         f"{several}{': the first at which the model is confident enough' * (len(layers) > 1)}."
     )
 
@@ -62,11 +62,11 @@ def verdict(
         return ["Training diverged: there is no operating point to recommend."]
     rows = analysis.validation.replica(replica)
     exits = analysis.exits_taken(replica, threshold)  # [N]
-    each, labels, metric = rows.predictions[0], rows.labels[0], rows.metric
-    given, last = each[exits, np.arange(len(exits))], each[-1]  # [N, ...]
+    predictions, labels, metric = rows.predictions[0], rows.labels[0], rows.metric
+    predicted, last = predictions[exits, np.arange(len(exits))], predictions[-1]  # [N, ...]
     classes = rows.logits.shape[-1]
-    found = compute_metric(metric, given, labels, classes)
-    interval = score_interval(metric, given, labels, classes)
+    score = compute_metric(metric, predicted, labels, classes)
+    interval = score_interval(metric, predicted, labels, classes)
     if metric.is_error:
         interval = interval[::-1]
     whole = np.isinf(threshold) or len(rows.layers) == 1
@@ -75,18 +75,18 @@ def verdict(
         shown = format_threshold(threshold, analysis.breakpoints(replica))
         lead = f"At the recommended threshold {shown}"
     first = (
-        f"{lead} the model {_reaches(metric, found)} on {len(labels):,} validation rows (95% "
+        f"{lead} the model {_reaches(metric, score)} on {len(labels):,} validation rows (95% "
         f"interval {_number(metric, interval[0])} to {_number(metric, interval[1])}), "
         f"{_spend(rows.cost, exits, details)}"
     )
     if not whole:
         value = compute_metric(metric, last, labels, classes)
-        gap = paired_difference(metric, given, last, labels, classes)
+        gap = paired_difference(metric, predicted, last, labels, classes)
         difference = _difference(metric, *gap, "this threshold is ")
         first += f"; all layers give {_number(metric, value)}: {difference}"
     theirs = {b.name: b.for_replica(replica) for b in details.baselines}
     spent = float(rows.cost[exits].mean())
-    return [f"{first}.", _against_baselines(rows, results, (given, spent), theirs)]
+    return [f"{first}.", _against_baselines(rows, results, (predicted, spent), theirs)]
 
 
 def describe_spread(times: np.ndarray, exits: np.ndarray, target: Mapping[str, float]) -> str:

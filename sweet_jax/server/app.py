@@ -186,11 +186,11 @@ async def _predict(request: Request, formats: Sequence[Format], service: _Servic
         if chosen.key not in values:
             chosen = next((other for other in formats if other.key in values), chosen)
         question = chosen.parse(values, model, limits)
-        found = await _classify(question, service.worker, limits)
-        content = question.answer(model, found)
+        answered = await _classify(question, service.worker, limits)
+        content = question.answer(model, answered)
     except Exception as error:
         return chosen.refuse(make_refusal(error, limits.timeout))
-    for prediction, _ in found:
+    for prediction, _ in answered:
         service.metrics.texts.labels(prediction.exit).inc()
     service.metrics.seconds.observe(time.perf_counter() - began)
     return JSONResponse(content)

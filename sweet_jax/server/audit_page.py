@@ -18,44 +18,44 @@ _PAGE = Path(__file__).parent / "audit.html"
 
 def render_page(audit: Audit, task: str) -> str:
     """Returns the HTML page of an audit."""
-    found, counts = audit.summary(), audit.counts()
-    state, kind = _state(audit, found)
-    agreement = f"{_number(found.agreement)}, {found.level:.0%} confidence sequence "
-    agreement += f"{_number(found.low)} to {_number(found.high)}"
-    if found.target is not None:
-        agreement += f"; the target is at least {_number(found.target)}"
+    summary, counts = audit.summary(), audit.counts()
+    state, kind = _state(audit, summary)
+    agreement = f"{_number(summary.agreement)}, {summary.level:.0%} confidence sequence "
+    agreement += f"{_number(summary.low)} to {_number(summary.high)}"
+    if summary.target is not None:
+        agreement += f"; the target is at least {_number(summary.target)}"
     values = {
         "title": f"{task}: audit",
         "state": state,
         "class": kind,
         "agreement": agreement,
-        "cost": f"{_number(found.cost)} of the layers; {_number(found.expected_cost)} on "
+        "cost": f"{_number(summary.cost)} of the layers; {_number(summary.expected_cost)} on "
         "calibration rows",
         "texts": f"{counts.answered:,} answered at the server's own operating point, "
-        f"{found.audited:,} audited, {counts.waiting:,} waiting, {counts.dropped:,} dropped",
+        f"{summary.audited:,} audited, {counts.waiting:,} waiting, {counts.dropped:,} dropped",
     }
     escaped = {name: html.escape(value) for name, value in values.items()}
-    escaped["rows"] = "\n".join(map(_row, found.exits))
+    escaped["rows"] = "\n".join(map(_row, summary.exits))
     return string.Template(_PAGE.read_text(encoding="utf-8")).substitute(escaped)
 
 
-def _state(audit: Audit, found: AuditSummary) -> tuple[str, str]:
+def _state(audit: Audit, summary: AuditSummary) -> tuple[str, str]:
     """Returns the state of the audit in words, and its CSS class: "good", "bad" or ""."""
     if not audit.running:
         return "The audit has ended with an error; see the server's log.", "bad"
     alarms = [
-        (found.alarm, "agreement is below its target"),
-        (found.shift_alarm, "the texts have changed"),
+        (summary.alarm, "agreement is below its target"),
+        (summary.shift_alarm, "the texts have changed"),
     ]
-    said = [
+    sentences = [
         f"Alarm since {datetime.datetime.fromtimestamp(when, datetime.UTC):%Y-%m-%d %H:%M:%S} UTC: "
-        f"{what}."
-        for when, what in alarms
+        f"{event}."
+        for when, event in alarms
         if when is not None
     ]
-    if said:
-        return " ".join(said), "bad"
-    if found.target is None:
+    if sentences:
+        return " ".join(sentences), "bad"
+    if summary.target is None:
         return (
             "No alarm. No target was set for the agreement, so only a change of the texts raises "
             "an alarm.",
@@ -83,24 +83,28 @@ class AuditCollector:
 
     def collect(self) -> Iterator[Metric]:
         """Yields the metrics; unknown values are NaN."""
-        found, counts = self._audit.summary(), self._audit.counts()
+        summary, counts = self._audit.summary(), self._audit.counts()
         for name, text, count in (
-            ("texts", "Texts computed by all exits", found.audited),
+            ("texts", "Texts computed by all exits", summary.audited),
             ("dropped_texts", "Texts drawn but dropped: too many were waiting", counts.dropped),
         ):
             yield CounterMetricFamily(f"sweet_jax_audit_{name}", text, count)
         gauges: tuple[tuple[str, str, float | None], ...] = (
-            ("answer_agreement", "Agreement of answers with the full model", found.agreement),
-            ("answer_agreement_low", "Lower end of its confidence sequence", found.low),
-            ("answer_agreement_high", "Upper end of its confidence sequence", found.high),
-            ("agreement_target", "Minimum agreement", found.target),
-            ("capital", "Largest capital of the test against the target", found.capital),
-            ("alarm", "1 once agreement was found below its target", found.alarm is not None),
-            ("shift_capital", "Largest capital of the shift test", found.shift_capital),
-            ("shift_alarm", "1 once a shift of the texts was found", found.shift_alarm is not None),
+            ("answer_agreement", "Agreement of answers with the full model", summary.agreement),
+            ("answer_agreement_low", "Lower end of its confidence sequence", summary.low),
+            ("answer_agreement_high", "Upper end of its confidence sequence", summary.high),
+            ("agreement_target", "Minimum agreement", summary.target),
+            ("capital", "Largest capital of the test against the target", summary.capital),
+            ("alarm", "1 once agreement was found below its target", summary.alarm is not None),
+            ("shift_capital", "Largest capital of the shift test", summary.shift_capital),
+            (
+                "shift_alarm",
+                "1 once a shift of the texts was found",
+                summary.shift_alarm is not None,
+            ),
             ("running", "0 once an error has ended the audit", self._audit.running),
-            ("cost", "Mean share of layers computed, newest texts", found.cost),
-            ("expected_cost", "Mean share of layers, calibration rows", found.expected_cost),
+            ("cost", "Mean share of layers computed, newest texts", summary.cost),
+            ("expected_cost", "Mean share of layers, calibration rows", summary.expected_cost),
         )
         for name, text, number in gauges:
             value = math.nan if number is None else float(number)
@@ -113,6 +117,6 @@ class AuditCollector:
             ("shift_p_value", "P-value of a shift, for a single look", "p_value"),
         ):
             family = GaugeMetricFamily(f"sweet_jax_audit_{name}", text, labels=["exit"])
-            for exit in found.exits:
+            for exit in summary.exits:
                 family.add_metric([str(exit.layer)], getattr(exit, field))
             yield family

@@ -53,7 +53,7 @@ def describe_api(model: ModelArtifact, limits: Limits) -> dict[str, Any]:
 
 def _describe_paths() -> dict[str, Any]:
     native, tei = _names(""), _names("Tei")
-    both = [{"anyOf": pair} for pair in zip(native, tei, strict=True)]
+    either = [{"anyOf": pair} for pair in zip(native, tei, strict=True)]
     statuses = {
         status: "; with `inputs`: ".join(
             texts[status] for texts in (_NATIVE_REFUSALS, _TEI_REFUSALS) if status in texts
@@ -62,7 +62,7 @@ def _describe_paths() -> dict[str, Any]:
     }
     health, unhealthy = _reference("Health"), _reference("TeiError")
     return {
-        "/predict": {"post": _post("Classifies texts, in either format", both, statuses)},
+        "/predict": {"post": _post("Classifies texts, in either format", either, statuses)},
         "/v1/predict": {"post": _post("Classifies texts", native, _NATIVE_REFUSALS)},
         "/": {
             "get": _get("A page to try the model", _content(_STRING, "text/html")),

@@ -176,11 +176,11 @@ def _batches(job: TrainingJob, plan: ExecutionPlan) -> Callable[[int], tuple[Any
     grouped = tokens.lengths if config.group_by_length else None
 
     def draw(number: int) -> np.ndarray:
-        each = [
+        indices = [
             training_batch_indices(rows, orders, number, config.batch_size, grouped)
             for rows, orders in sources
         ]
-        return np.concatenate(each, axis=1)  # [R, B], or twice as many
+        return np.concatenate(indices, axis=1)  # [R, B], or twice as many
 
     lengths = _lengths(config, job.rows.shape[1], lambda step: longest_row(tokens, draw(step)))
 
@@ -223,12 +223,12 @@ def _restore(
     Also sets the best state of the tracker.
     """
     if tracker is None:
-        found = checkpoints.restore(abstract_state(state, plan.shardings))
-        return found or (0, reshard(state, plan.shardings))
+        restored = checkpoints.restore(abstract_state(state, plan.shardings))
+        return restored or (0, reshard(state, plan.shardings))
     tree = {"state": state, "best": tracker.best}
     shardings = {"state": plan.shardings, "best": tracker.shardings}
-    found = checkpoints.restore(abstract_state(tree, shardings))
-    step, tree = found or (0, reshard(tree, shardings))
+    restored = checkpoints.restore(abstract_state(tree, shardings))
+    step, tree = restored or (0, reshard(tree, shardings))
     best = tree["best"]
     tracker.best = best._replace(area=to_host(best.area), step=to_host(best.step))
     return step, tree["state"]

@@ -73,14 +73,14 @@ class StepLog:
     def _write(self, left: int) -> None:
         while len(self._late) > left:
             number, length, parts = self._late.popleft()
-            each = jax.device_get(parts)
-            if said := self._expected.done(length):
+            fetched = jax.device_get(parts)
+            if expectation := self._expected.done(length):
                 with self._bar.external_write_mode(sys.stdout):  # keeps the line out of the bar
-                    log.info(said)
+                    log.info(expectation)
             self._bar.update(self._bar.total // self.steps.stop)
             if self.metrics is None:
                 continue
-            values = jax.tree.map(lambda *x: np.concatenate(x, axis=-1), *each)  # [R, E]
+            values = jax.tree.map(lambda *x: np.concatenate(x, axis=-1), *fetched)  # [R, E]
             if values.loss.ndim == 1:  # a single replica has no axis R
                 values = jax.tree.map(lambda x: x[None], values)
             self._warn_of_divergence(number, values.loss)
