@@ -28,6 +28,7 @@ from sweet_jax.inference.engine_choice import available_engines, typical_millise
 from sweet_jax.inference.engine_table import ENGINES
 from sweet_jax.inference.latency import measure_latency, read_latency
 from sweet_jax.inference.latency_table import LatencyTable, write_tables
+from sweet_jax.report.classes import describe_never_predicted
 from sweet_jax.report.console import fitted_rows
 from sweet_jax.report.shortfalls import describe_effects, worst_shortfalls
 from sweet_jax.report.verdict import describe_spread, format_milliseconds
@@ -222,17 +223,19 @@ def _describe_choice(analysis: Analysis, found: Resolution, target: Mapping[str,
 
 
 def _describe_effects(run: Path, analysis: Analysis, threshold: float) -> list[str]:
-    """Describes how exits below a baseline affect the operating point; [] if there are none.
+    """Describes what is wrong at the operating point; [] if nothing is.
 
-    Exits that no validation text takes there are left out.
+    This is how exits below a baseline affect it, except exits that no validation text takes there,
+    and the classes that are never predicted.
     """
     results: Mapping[str, Any] = read_json(run / "results.json")
     exits = analysis.exits_taken(analysis.best, threshold)
-    effects = describe_effects(
-        worst_shortfalls(results), analysis.validation.replica(analysis.best), exits
-    )
+    rows = analysis.validation.replica(analysis.best)
+    effects = describe_effects(worst_shortfalls(results), rows, exits)
     taken = set(np.asarray(analysis.validation.layers)[exits].tolist())
-    return [f"  exit {exit}: {effect.text}" for exit, effect in effects.items() if exit in taken]
+    lines = [f"  exit {exit}: {effect.text}" for exit, effect in effects.items() if exit in taken]
+    missing = describe_never_predicted(rows, exits)
+    return [*lines, f"  {missing}"] if missing else lines
 
 
 def _describe_times(model: ModelArtifact, table: LatencyTable, spread: str | None) -> str:

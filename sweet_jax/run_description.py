@@ -70,6 +70,8 @@ def describe_models(config: Config) -> str:
     seeds, rates = len(config.seeds), len(config.learning_rates)
     of_seeds = f"{seeds} seed{'s' * (seeds > 1)}"
     of_rates = f"{rates} learning rate{'s' * (rates > 1)}"
+    if config.epochs == 0:
+        return f"{of_seeds}; the encoder is not trained (epochs=0), only heads are fitted"
     if rates > 1 and config.rate_search == "short":
         return f"{of_seeds}, {of_rates}: each rate is tried briefly, one is trained to the end"
     if seeds * rates == 1:

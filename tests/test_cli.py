@@ -288,7 +288,7 @@ def test_an_unknown_task_is_refused(refused):
             "the validation file: label 'z' (1 row, the text 'c') is not among the training labels",
         ),
         ("a,x\n,y\n", "c,x\n", "the training file: column 'text' is empty in row 2 (line 3) of"),
-        ("a,x\n,y\n,y\n", "c,x\n", "not counting the header, and 1 more such rows: fill it"),
+        ("a,x\n,y\n,y\n", "c,x\n", "and 1 more invalid rows: fill it"),
         ("a,x\nb,y\n", "c,\n", "the validation file: column 'label' is empty in row 1"),
         ("", "c,x\n", "the training file has no rows"),
         ("a,x\nb,y\n", "", "the validation file has no rows"),

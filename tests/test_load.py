@@ -267,6 +267,10 @@ def test_a_blank_text_or_label_is_a_missing_one(tmp_path, kind, blank):
     path = write(tmp_path / f"pairs.{kind}", {"text": texts, "other": TEXTS, "label": LABELS})
     pairs = load(path, path, text_columns="text,other")  # as in GLUE's QQP
     assert pairs.train.texts[-1] == (blank, TEXTS[-1])
+    columns = {"text": texts, "other": [*TEXTS[:-1], blank], "label": LABELS}
+    path = write(tmp_path / f"blank.{kind}", columns)
+    with pytest.raises(UserError, match=f"column 'text' is empty in row {len(TEXTS)}"):
+        load(path, path, text_columns="text,other")
 
 
 def test_text_that_is_not_utf_8_is_named(tmp_path):

@@ -678,6 +678,25 @@ def test_numbers_that_diverged_are_null_and_everything_is_written(places, tmp_pa
             resolver.threshold("stability", clock=clock, **target)
 
 
+@pytest.mark.parametrize(("cost", "named"), [(0.2, True), (0.9, False)])
+def test_the_verdict_names_a_baseline_that_is_cheaper_and_as_good(cost, named):
+    """The best baseline is dearer than the exits; another may not be."""
+    analysis = numbers_that_diverged(DIVERGED["a replica"])
+    config = from_mapping({"objective": "regression", "exits": (1, 2, 4), "seeds": (0, 1)})
+    rows = analysis.validation
+    baselines = [
+        Baseline("probe_4", rows.predictions[:, 0] + np.float32(1e-6), 1.0),
+        Baseline("probe_1", rows.predictions[:, 0] + np.float32(2e-6), cost),
+    ]
+    results = build_results(config.resolved(), analysis, TrainingRecord(900, baselines=baselines))
+    for name, score in (("probe_4", -0.1), ("probe_1", -0.2)):
+        results["baselines"][name]["score"] = score
+    details = ReportDetails(baselines=baselines)
+    told = verdict(analysis, results, results["best_replica"], -np.inf, details)[1]
+    assert "probe" in told
+    assert ("costs no more than the exits and is simpler" in told) == named
+
+
 def test_the_verdict_on_an_error_has_the_sign_of_the_numbers_beside_it():
     """A baseline that is better: the difference of the errors that are shown is above zero."""
     analysis = numbers_that_diverged(DIVERGED["a replica"])
@@ -699,6 +718,8 @@ def test_the_verdict_on_an_error_has_the_sign_of_the_numbers_beside_it():
     assert "(0.010) on the same 60 rows: difference 0.890, 95% interval 0.800 to 1.000; " in line
     words = describe_training(results, 1)
     assert "classes" not in words
+    words = describe_training(results | {"epochs": 0}, 1)
+    assert "its weights unchanged (epochs=0), and heads fitted on 900 rows" in words
     words = describe_training(results | {"exits": [1]}, 1)
     assert " with 1 layer, fine-tuned " in words
     assert words.endswith(" A text gets its answer after layer 1.")

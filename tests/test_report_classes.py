@@ -9,7 +9,7 @@ import pytest
 from sweet_jax.config import from_mapping
 from sweet_jax.exits.analysis import analyse
 from sweet_jax.exits.outputs import ExitOutputs, RunIdentity
-from sweet_jax.report.classes import class_report
+from sweet_jax.report.classes import class_report, describe_never_predicted
 from sweet_jax.report.details import ReportDetails
 from sweet_jax.report.page import write_report
 from sweet_jax.report.results import TrainingRecord, build_results
@@ -92,6 +92,18 @@ def test_the_calibration_of_a_class_is_that_of_its_own_probability(few):
     quality = build_results(CONFIG, few, TrainingRecord(100))["replicas"][0]["quality"][-1]
     mean = np.mean([row["error"] for row in found])
     assert quality["after"]["classwise_ece"] == pytest.approx(mean)
+
+
+def test_classes_that_are_never_predicted_are_named(few):
+    rows = few.validation.replica(0)
+    assert describe_never_predicted(rows, np.full(240, 2)) is None
+    logits = rows.logits.copy()
+    logits[:, 1, :, 2] = -100  # at the second exit, class 2 is never predicted
+    without = dataclasses.replace(rows, logits=logits)
+    assert describe_never_predicted(without, np.full(240, 2)) is None
+    count = (rows.labels[0] == 2).sum()
+    words = describe_never_predicted(without, np.full(240, 1))
+    assert f"have it: '<class 2>' (in {count}); more training rows" in words
 
 
 def test_precision_recall_and_cost_are_those_of_the_operating_point(few):

@@ -205,9 +205,9 @@ def _collect(
             rows.append(tuple(value or "" for value in record.values))
     if invalid and not skip_invalid:
         location, wrong = invalid[0]
-        more = f", and {len(invalid) - 1} more such rows" if len(invalid) > 1 else ""
+        more = f", and {len(invalid) - 1} more invalid rows" if len(invalid) > 1 else ""
         raise UserError(
-            f"{wrong} in {location} of {source}, not counting the header{more}: fill it, remove "
+            f"{wrong} in {location} of {source}{more}: fill it, remove "
             "such rows, or skip them with --config.skip_invalid=True"
         )
     if invalid:

@@ -90,11 +90,12 @@ def find_column(name: str, present: Sequence[str]) -> int:
 def missing_column(values: Sequence[Any], columns: Columns) -> str | None:
     """Returns the first column without a value, or None if all have one.
 
-    A blank text counts as missing, except in pairs, since some pairs in GLUE's QQP have one. An
-    empty field in a CSV has no value.
+    A blank text counts as missing, except in a pair whose other text is not blank, since some pairs
+    in GLUE's QQP have one. An empty field in a CSV has no value.
     """
+    texts = values[: len(columns.texts)]
     for name, value in zip(columns.checked, values, strict=False):
-        may_be_blank = len(columns.texts) > 1 and name != columns.label
+        may_be_blank = name != columns.label and any(text and text.strip() for text in texts)
         if columns.several_labels and name == columns.label:
             continue  # a row may have no labels
         if value is None or not (may_be_blank or value.strip()):

@@ -19,6 +19,7 @@ _MATRIX = 12  # maximum number of classes for which the confusion matrix is draw
 _PAIRS = 20  # maximum number of pairs of confused classes that are listed
 _TEXTS = 50  # maximum number of texts in each list
 _CHARACTERS = 400  # characters shown of a text
+_LISTED = 5  # maximum number of classes that are named in one line
 
 
 def class_report(
@@ -209,6 +210,31 @@ def _calibration_rows(rows: ExitOutputs, temperature: float) -> list[dict[str, A
         for c, name in enumerate(_shown_names(rows))
     ]
     return sorted(calibration, key=lambda row: -row["error"])
+
+
+def describe_never_predicted(rows: ExitOutputs, exits: np.ndarray) -> str | None:
+    """Describes the classes that validation rows have and that no row gets; None if there are none.
+
+    Args:
+      rows: outputs of one replica on the validation rows.
+      exits: index of the exit that each row takes, int [N].
+
+    """
+    names, labels = _shown_names(rows), rows.labels[0]
+    if rows.objective.categorical is None or not names:
+        return None
+    predicted = rows.predictions[0][exits, np.arange(len(exits))]  # [N, ...]
+    if labels.ndim == 1:
+        labels, predicted = (np.eye(len(names), dtype=bool)[x] for x in (labels, predicted))
+    missing = np.flatnonzero(labels.any(axis=0) & ~predicted.any(axis=0))
+    if not len(missing):
+        return None
+    listed = ", ".join(f"{names[c]!r} (in {labels[:, c].sum()})" for c in missing[:_LISTED])
+    others = f" and {len(missing) - _LISTED} others" if len(missing) > _LISTED else ""
+    return (
+        f"never predicted at the recommended threshold, though validation rows have it: {listed}"
+        f"{others}; more training rows may help, and for classes --config.class_weights=balanced"
+    )
 
 
 def _confused_pairs(

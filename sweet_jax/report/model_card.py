@@ -9,6 +9,7 @@ import jinja2
 
 from sweet_jax.objectives.label_checks import cut_label
 from sweet_jax.report.console import format_number
+from sweet_jax.report.shortfalls import keeps_encoder
 
 _TEMPLATE = Path(__file__).parent / "model_card.md"
 
@@ -33,6 +34,7 @@ def model_card(
     environment.filters["number"] = format_number
     return environment.from_string(_TEMPLATE.read_text(encoding="utf-8")).render(
         results=results,
+        unchanged=keeps_encoder(results),
         best=results["replicas"][results["best_replica"]],
         base_model=checkpoint if on_hub else "",
         layers=", ".join(layers[:-1]) + " and " + layers[-1] if len(layers) > 1 else layers[0],

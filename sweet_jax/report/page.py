@@ -18,7 +18,7 @@ from sweet_jax.exits.policies import policy_rule
 from sweet_jax.files import replace_nonfinite, write_text
 from sweet_jax.report.baselines import baseline_title
 from sweet_jax.report.charts import curve_chart, make_chart
-from sweet_jax.report.classes import class_report
+from sweet_jax.report.classes import class_report, describe_never_predicted
 from sweet_jax.report.console import (
     describe_divergence,
     fitted_rows,
@@ -196,7 +196,10 @@ def _warnings(
     remarks: list[str] = []
     if np.isfinite(analysis.area[best]):
         exits = analysis.exits_taken(best, threshold)
-        effects = describe_effects(findings, analysis.validation.replica(best), exits)
+        rows = analysis.validation.replica(best)
+        effects = describe_effects(findings, rows, exits)
+        if missing := describe_never_predicted(rows, exits):
+            remarks.append(f"{missing[:1].upper()}{missing[1:]}.")
     for finding in findings:
         line, effect = describe_shortfall(finding, results), effects.get(finding.exit)
         if effect is not None:

@@ -112,7 +112,7 @@ def build_results(config: Config, analysis: Analysis, training: TrainingRecord) 
         "ci95": ci95,
         **shortfall_results(analysis.validation, analysis.best, training.baselines, metric),
         **{key: getattr(training, key) for key in ("timing", "versions")},
-        **{key: getattr(config, key) for key in ("pooling", "head_init", "head_refit")},
+        **{key: getattr(config, key) for key in ("pooling", "head_init", "head_refit", "epochs")},
         **{key: getattr(training, key) for key in ("rate_search", "best_steps")},
     }
     return replace_nonfinite(results)

@@ -118,7 +118,7 @@ def _shown_metric(metric: str) -> tuple[str, str, int]:
 def _advice(finding: Shortfall, results: Mapping[str, Any]) -> str:
     """Returns advice on a shortfall: the recommended settings that this run does not use."""
     if keeps_encoder(results):
-        return "fine-tuning did not change the saved encoder: only the fit of the heads differs"
+        return "the saved encoder is the pretrained one: only the fit of the heads differs"
     fitted = results.get("head_init") == "probe" and bool(results.get("head_refit"))
     if fitted and finding.baseline.startswith("tfidf"):
         return _FIX_BELOW_TFIDF
@@ -141,8 +141,11 @@ def _advice(finding: Shortfall, results: Mapping[str, Any]) -> str:
 def keeps_encoder(results: Mapping[str, Any]) -> bool:
     """Returns whether the best replica kept the pretrained encoder unchanged.
 
-    This happens with `epochs="auto"` if every later state was worse on the tuning rows.
+    This happens with `epochs=0`, and with `epochs="auto"` if every later state was worse on the
+    tuning rows.
     """
+    if results.get("epochs") == 0:
+        return True
     steps = list((results.get("best_steps") or {}).values())
     return bool(steps) and not any(each[results["best_replica"]] for each in steps)
 

@@ -34,10 +34,9 @@ def describe_training(results: Mapping[str, Any], classes: int) -> str:
     depth = "1 layer" if layers[-1] == "1" else f"{layers[-1]} layers"
     model = f"{checkpoint} with {depth}, fine-tuned ({method})"
     if keeps_encoder(results):
-        model = (
-            f"{checkpoint} with {depth}, its weights unchanged (no step of "
-            "fine-tuning was better on the tuning rows), and heads fitted"
-        )
+        reason = "no step of fine-tuning was better on the tuning rows"
+        reason = "epochs=0" if results.get("epochs") == 0 else reason
+        model = f"{checkpoint} with {depth}, its weights unchanged ({reason}), and heads fitted"
     if METHODS[results["method"]].model_per_exit:
         model = f"{len(layers)} models from {checkpoint} ({method})"
     return (
@@ -155,10 +154,48 @@ def _against_baselines(
         gap, low, high = paired_difference(metric, *arguments)
         text += f": {_difference(metric, gap, low, high, 'the model is ')}"
         if low <= 0 <= high:
-            if name.startswith("probe_"):
-                text += ". Fine-tuning has not gained any accuracy that these rows can show"
+            if name.startswith("probe_") and not keeps_encoder(results):
+                text += ". Fine-tuning has not gained anything that these rows can show"
             text += f". {_decide(point[1], known[name]['cost'])}"
+            text += _cheaper_baseline(rows, known, point, baselines, name)
     return f"{text}."
+
+
+def _cheaper_baseline(
+    rows: ExitOutputs,
+    known: Mapping[str, Mapping[str, Any]],
+    point: tuple[np.ndarray, float],
+    baselines: Mapping[str, np.ndarray],
+    best: str,
+) -> str:
+    """Describes another baseline that costs no more than the exits and is not shown to be worse.
+
+    It matters where the best baseline costs more than the exits. Returns "" if there is none.
+
+    Args:
+      rows, point, baselines: see `_against_baselines`.
+      known: the baselines of results.json that have a score.
+      best: name of the best baseline.
+
+    """
+    predicted, cost = point
+    if known[best]["cost"] <= cost:
+        return ""
+    arguments = rows.labels[0], rows.logits.shape[-1]
+    as_good = [
+        name
+        for name in known.keys() & baselines.keys()
+        if known[name]["cost"] <= cost
+        and paired_difference(rows.metric, predicted, baselines[name], *arguments)[1] <= 0
+    ]
+    if not as_good:
+        return ""
+    name = max(as_good, key=lambda name: (known[name]["score"], name))
+    reached = _reaches(rows.metric, known[name]["score"])
+    return (
+        f". But {baseline_title(name)} {reached}, costs no more than the exits and is simpler: "
+        "these rows show no difference to it either"
+    )
 
 
 def _decide(cost: float, baseline: float) -> str:
