@@ -66,7 +66,10 @@ def recommend(run: Path, target: Mapping[str, float]) -> str:
         target, resolution, option = {}, resolver.resolve(analysis.policy), ""
     # If no threshold keeps the last exit's metric, all layers are used.
     threshold = np.inf if resolution.threshold is None else resolution.threshold
-    lengths = _validation_lengths(run, model) if model.long_tokens else None
+    # With times of one length only, a text's own length makes no difference.
+    lengths = (
+        _validation_lengths(run, model) if model.long_tokens and len(table.lengths) > 1 else None
+    )
     exits = analysis.exits_taken(replica, threshold)
     times = np.broadcast_to(clock, (len(exits), len(clock)))  # [N, E]
     if lengths is not None:
@@ -268,7 +271,7 @@ def _describe_engines(
         each = ", ".join(f"{name} {format_milliseconds(value)}" for name, value in times.items())
         fastest = min(times, key=times.__getitem__)
         lines.append(
-            f"  engines, all layers, mean over texts of the two lengths: {each}; the default "
+            f"  engines, all layers, mean over the lengths that were timed: {each}; the default "
             f"without --engine is {fastest}"
         )
     limit = target.get("milliseconds", np.inf)

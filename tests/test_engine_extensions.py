@@ -203,7 +203,7 @@ def test_a_training_on_a_format_and_with_trackers_of_ones_own(
     assert list((folder / "tensorboard").iterdir())
     measured = json.loads((folder / "model" / "clock.json").read_text())["rows"]
     assert {"jax", "own"} <= {row["engine"] for row in measured}
-    assert "  engines, all layers, mean over texts of the two lengths: jax" in (
+    assert "  engines, all layers, mean over the lengths that were timed: jax" in (
         capsys.readouterr().out
     )
 

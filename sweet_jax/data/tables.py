@@ -139,4 +139,6 @@ def _as_json(value: Any) -> Any:
         return value.encode("utf-8", "replace").decode()
     if isinstance(value, float):
         return value if math.isfinite(value) else None
+    if isinstance(value, list) and all(isinstance(item, str) for item in value):
+        return _as_json("|".join(value))  # as labels are written, and read again
     return value if value is None or isinstance(value, bool | int) else str(value)
