@@ -9,7 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 from sweet_jax.registry import Registry
 
 # From the share of the steps that remain after warm-up, float32 [...], which falls from 1 to 0, to
-# the learning rate as a share of its peak, float32 [...] from 0 to 1.
+# the learning rate as a share of its peak, float32 [...] from 0 to 1: elementwise, with jax.numpy.
 LearningRateSchedule = Callable[[Any], Any]
 
 
@@ -34,8 +34,8 @@ OPTIMIZERS: Registry[GradientTransformation] = Registry(
     {},
     "sweet_jax.optimizers",
     {
-        "adamw": "sweet_jax.training.optimizer:ADAM",
-        "lion": "sweet_jax.training.optimizer:LION",
+        "adamw": "sweet_jax.training.transformations:ADAM",
+        "lion": "sweet_jax.training.transformations:LION",
     },
 )
 LEARNING_RATE_SCHEDULES: Registry[LearningRateSchedule] = Registry(
@@ -44,8 +44,8 @@ LEARNING_RATE_SCHEDULES: Registry[LearningRateSchedule] = Registry(
     {},
     "sweet_jax.learning_rate_schedules",
     {
-        "linear": "sweet_jax.training.optimizer:linear",
-        "cosine": "sweet_jax.training.optimizer:cosine",
-        "constant": "sweet_jax.training.optimizer:constant",
+        "linear": "sweet_jax.training.transformations:linear",
+        "cosine": "sweet_jax.training.transformations:cosine",
+        "constant": "sweet_jax.training.transformations:constant",
     },
 )

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from sweet_jax.config import AUTO, Config
@@ -17,7 +18,7 @@ from sweet_jax.data.batches import Tokens, tokenize
 from sweet_jax.data.load import Dataset, load_dataset, task_of
 from sweet_jax.data.run_rows import RunRows, draw_rows
 from sweet_jax.data.splits import Split, select_rows
-from sweet_jax.errors import UserError
+from sweet_jax.errors import UserError, one_line
 from sweet_jax.exits.policies import UnlabeledOutputs, exit_confidences, policy_rule
 from sweet_jax.models.checkpoint_folder import load_tokenizer
 from sweet_jax.models.ownership import parameter_owners
@@ -112,7 +113,8 @@ def prepare(config: Config) -> PreparedRun:
     config = config.resolved()
     task_of(config)  # so that a misspelled name is an error before anything is downloaded
     policy_rule(config.policy)  # likewise for what the user's own module defines
-    _ = OPTIMIZERS[config.optimizer], LEARNING_RATE_SCHEDULES[config.learning_rate_schedule]
+    _ = OPTIMIZERS[config.optimizer]
+    _try_schedule(config.learning_rate_schedule)
     if config.pooling not in ("", AUTO):
         _ = POOLINGS[config.pooling]
     checkpoint = _read_checkpoint(config)
@@ -244,6 +246,24 @@ def _check_token_types(checkpoint: Checkpoint, tokens: Tokens) -> None:
             f"the tokenizer in {str(checkpoint.folder)!r} produces token type {largest}, but the "
             f"checkpoint has type_vocab_size={types}: use the tokenizer it was trained with"
         )
+
+
+def _try_schedule(name: str) -> None:
+    """Raises UserError for a schedule that cannot be traced, or is not elementwise."""
+    schedule = LEARNING_RATE_SCHEDULES[name]
+    for shape in ((), (4,)):
+        try:
+            share = jax.eval_shape(schedule, jax.ShapeDtypeStruct(shape, np.float32))
+        except Exception as error:  # a function can raise anything
+            raise UserError(
+                f"learning_rate_schedule {name!r} failed: {type(error).__name__}: "
+                f"{one_line(error)}; use jax.numpy, and no branches on values"
+            ) from error
+        if getattr(share, "shape", None) != shape:
+            raise UserError(
+                f"learning_rate_schedule {name!r} must return an array of the shape {shape} of its "
+                f"argument; got {share}"
+            )
 
 
 def _choose_pooling(config: Config, checkpoint: Checkpoint, dataset: Dataset) -> Config:

@@ -1,5 +1,8 @@
 """Optimizers and learning-rate schedules: their formulas, the parts of their states, own ones."""
 
+import math
+import shutil
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,15 +15,28 @@ from sweet_jax.config import from_mapping
 from sweet_jax.errors import UserError
 from sweet_jax.optimizers import LEARNING_RATE_SCHEDULES, OPTIMIZERS
 from sweet_jax.preparation import prepare
-from sweet_jax.training.fit import step_settings
+from sweet_jax.training.checkpoint import Checkpoints, abstract_state
+from sweet_jax.training.fit import _restore_newest, fit, step_settings
 from sweet_jax.training.initialization import initial_state, model_specs
 from sweet_jax.training.optimizer import apply_gradients, learning_rate_share, map_moments
 from sweet_jax.training.segment_parallel import DeviceGroup, join_state, split_state
-from sweet_jax.training.sharding import make_mesh, state_shardings
+from sweet_jax.training.sharding import (
+    drop_replica_axis,
+    make_mesh,
+    replica_sharding,
+    state_shardings,
+)
 from sweet_jax.training.step import init_state
 
 ADAGRAD = optax.scale_by_rss(initial_accumulator_value=0.5)
 NO_OPTIMIZER = lambda gradients: gradients
+UPHILL = optax.adamw(1e-3)
+NEEDS_A_VALUE = optax.scale_by_polyak()
+MASKED = optax.masked(optax.scale_by_adam(), lambda tree: jax.tree.map(lambda x: x.ndim > 1, tree))
+
+
+def of_numbers(remaining):
+    return math.sqrt(remaining)
 
 
 def square_root(remaining):
@@ -32,8 +48,8 @@ def square_root(remaining):
 def test_an_update_is_that_of_the_paper(optimizer, decay):
     """Of Kingma and Ba 2015 (arXiv 1412.6980) and Chen et al. 2023 (arXiv 2302.06675), in NumPy."""
     graphdef, params = build()
-    chosen = settings(graphdef, optimizer=optimizer, weight_decay=decay)
-    state = init_state(params, 1e-3, seed=0, optimizer=optimizer).opt_state
+    chosen = settings(graphdef, optimizer=OPTIMIZERS[optimizer], weight_decay=decay)
+    state = init_state(params, 1e-3, 0, OPTIMIZERS[optimizer]).opt_state
     update = jax.jit(lambda p, g, state: apply_gradients(p, g, state, jnp.float32(1e-3), chosen))
     rng = np.random.default_rng(0)
     ours = [np.asarray(p, np.float64) for p in jax.tree.leaves(params)]
@@ -68,7 +84,12 @@ def test_an_update_is_that_of_the_paper(optimizer, decay):
 def test_the_learning_rate_rises_and_follows_its_schedule(name, schedule, warmup):
     graphdef, _ = build()
     total = 10 + warmup
-    chosen = settings(graphdef, total_steps=total, warmup_steps=warmup, learning_rate_schedule=name)
+    chosen = settings(
+        graphdef,
+        total_steps=total,
+        warmup_steps=warmup,
+        learning_rate_schedule=LEARNING_RATE_SCHEDULES[name],
+    )
     ours = learning_rate_share(jnp.arange(total), chosen)
     theirs = [(step + 1) / warmup for step in range(warmup)]
     theirs += [float(schedule(step)) for step in range(10)]
@@ -78,7 +99,7 @@ def test_the_learning_rate_rises_and_follows_its_schedule(name, schedule, warmup
 @pytest.mark.parametrize("optimizer", [*OPTIMIZERS, "test_optimizers:ADAGRAD"])
 def test_a_state_is_split_among_groups_of_devices_and_joined(optimizer):
     _, params = build()
-    host = jax.tree.map(np.asarray, init_state(params, 1e-3, 0, optimizer=optimizer))
+    host = jax.tree.map(np.asarray, init_state(params, 1e-3, 0, OPTIMIZERS[optimizer]))
     groups = [DeviceGroup((0,), make_mesh(1, 1)), DeviceGroup((1,), make_mesh(1, 1))]
     parts = split_state(host, groups, EXITS)
     sizes = [sum(x.size for x in jax.tree.leaves(part.opt_state)) for part in parts]
@@ -91,7 +112,7 @@ def test_a_state_is_split_among_groups_of_devices_and_joined(optimizer):
 @pytest.mark.parametrize("optimizer", [*OPTIMIZERS, "test_optimizers:ADAGRAD"])
 def test_moments_of_any_optimizer_are_spread_over_the_devices(optimizer):
     _, params = build()
-    host = jax.tree.map(np.asarray, init_state(params, 1e-3, 0, optimizer=optimizer))
+    host = jax.tree.map(np.asarray, init_state(params, 1e-3, 0, OPTIMIZERS[optimizer]))
     shardings = state_shardings(make_mesh(1, 4), host, 1)
     moments: list = []
     map_moments(moments.append, host.params, shardings.opt_state)
@@ -114,8 +135,8 @@ def test_a_state_need_not_start_with_zeros(options):
         assert accumulator.shape == param.shape
         assert (accumulator == 0.5).all()
     chosen = step_settings(job.config, graphdef, spec.exits, 160)
-    assert chosen.optimizer == own["optimizer"]
-    assert chosen.learning_rate_schedule == own["learning_rate_schedule"]
+    assert chosen.optimizer.update is ADAGRAD.update
+    assert chosen.learning_rate_schedule(jnp.float32(0.25)) == 0.5
 
 
 def test_an_optimizer_or_schedule_that_will_not_do_is_named_before_training(options):
@@ -128,3 +149,67 @@ def test_an_optimizer_or_schedule_that_will_not_do_is_named_before_training(opti
     with pytest.raises(UserError, match="learning_rate_schedule 'absent:FUNCTION': ModuleNotFound"):
         prepare(from_mapping(options | {"learning_rate_schedule": "absent:FUNCTION"}))
     assert set(LEARNING_RATE_SCHEDULES) == {"linear", "cosine", "constant"}
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("UPHILL", "would increase the loss: .* use optax.scale_by_adam[(][)], for example"),
+        ("NEEDS_A_VALUE", "cannot be used: TypeError: .*'value'"),
+    ],
+)
+def test_an_optimizer_is_tried_before_training(options, name, words):
+    job = prepare(from_mapping(options | {"optimizer": f"test_optimizers:{name}"}))
+    (spec,) = model_specs(job.config)
+    with pytest.raises(UserError, match=f"optimizer 'test_optimizers:{name}' {words}"):
+        initial_state(job.config, job.checkpoint, spec, 2)
+    own = {"learning_rate_schedule": "test_optimizers:of_numbers"}
+    with pytest.raises(UserError, match=r"of_numbers' failed: .*; use jax.numpy, and no branches"):
+        prepare(from_mapping(options | own))
+
+
+def test_a_state_that_is_not_like_the_parameters_is_not_split():
+    _, params = build()
+    host = jax.tree.map(np.asarray, init_state(params, 1e-3, 0, MASKED))
+    groups = [DeviceGroup((0,), make_mesh(1, 1)), DeviceGroup((1,), make_mesh(1, 1))]
+    with pytest.raises(UserError, match="cannot be split among groups of devices"):
+        split_state(host, groups, EXITS)
+
+
+def test_a_name_that_is_assigned_again_is_another_optimizer(options, monkeypatch):
+    monkeypatch.setitem(OPTIMIZERS, "mine", ADAGRAD)
+    job = prepare(from_mapping(options | {"optimizer": "mine"}))
+    first = step_settings(job.config, None, (1,), 160)
+    monkeypatch.setitem(OPTIMIZERS, "mine", optax.scale_by_rss())
+    assert step_settings(job.config, None, (1,), 160) != first
+    assert step_settings(job.config, None, (1,), 160) == step_settings(job.config, None, (1,), 160)
+
+
+def test_a_run_of_the_version_before_goes_on(options, tmp_path):
+    """Its checkpoints have the optimizer state under the name "adam"."""
+    job = prepare(from_mapping(options | {"max_steps": 2, "checkpoint_every": 1, "epochs": 2}))
+    (spec,) = model_specs(job.config)
+    fit(job.training_job(spec, tmp_path))
+    folder = tmp_path / "checkpoints" / spec.name
+    _, state = initial_state(job.config, job.checkpoint, spec, 2)
+    state = drop_replica_axis(state, 1)
+    checkpoints = Checkpoints(folder)
+    whole = abstract_state(state, replica_sharding(make_mesh(1, 8), 1))
+    step, newest = checkpoints.restore(whole)
+    checkpoints.close()
+    shutil.rmtree(folder)
+    older = {"adam" if k == "opt_state" else k: v for k, v in newest._asdict().items()}
+    checkpoints = Checkpoints(folder)
+    checkpoints.save(step, older)
+    restored, again = _restore_newest(checkpoints, whole)
+    checkpoints.close()
+    assert restored == step == 2
+    jax.tree.map(np.testing.assert_array_equal, again, newest)
+    lion = abstract_state(
+        jax.tree.map(np.asarray, init_state(state.params, 0.0, 0, OPTIMIZERS["lion"])),
+        replica_sharding(make_mesh(1, 8), 1),
+    )
+    checkpoints = Checkpoints(folder)
+    with pytest.raises(UserError, match="has the state of another optimizer: set the optimizer"):
+        _restore_newest(checkpoints, lion)
+    checkpoints.close()

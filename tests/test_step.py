@@ -21,11 +21,12 @@ from sweet_jax.models.ownership import leaves_by_owner
 from sweet_jax.objectives.single_label import SINGLE_LABEL, single_predicted_class
 from sweet_jax.training.gradients import segment_gradients, whole_gradients
 from sweet_jax.training.losses import TrainingLoss
-from sweet_jax.training.optimizer import ADAM, apply_gradients, clip_gradients
+from sweet_jax.training.optimizer import apply_gradients, clip_gradients
 from sweet_jax.training.parallel import compile_step
 from sweet_jax.training.settings import StepSettings
 from sweet_jax.training.sharding import make_mesh, replica_sharding, reshard, state_shardings
 from sweet_jax.training.step import evaluate_step, init_state, train_step
+from sweet_jax.training.transformations import ADAM
 
 
 def settings(graphdef, **changes) -> StepSettings:

@@ -95,8 +95,8 @@ class TrainingKeys:
     optimizer: str = key(
         "adamw",
         (
-            "Optimizer; module:OBJECT is a gradient transformation of optax. Lion needs learning "
-            "rates 3 to 10 times smaller than AdamW."
+            "Optimizer; module:OBJECT is a transformation like optax.scale_by_adam(), without "
+            "learning rate and sign. Lion needs learning rates 3 to 10 times smaller than AdamW."
         ),
         choices=lambda: OPTIMIZERS,
         allows_reference=True,

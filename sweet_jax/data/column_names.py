@@ -56,7 +56,8 @@ def choose_columns(task: Task, present: Sequence[str], class_columns: Sequence[s
         if not texts:
             raise UserError(
                 "set --config.text_columns (--text of sweet-jax train FILE) to the column of the "
-                f"text, or the two columns of a pair: the columns are {', '.join(map(repr, present)) or 'unknown'}"
+                "text, or the two columns of a pair: the columns are "
+                f"{', '.join(map(repr, present)) or 'unknown'}"
             )
     if len(texts) > 2 or len(set(texts)) < len(texts):
         raise UserError(

@@ -17,10 +17,15 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import LatestN
 
 from sweet_jax.distributed import barrier, broadcast_from_primary, is_primary
+from sweet_jax.errors import UserError
 from sweet_jax.files import read_json, write_json
 from sweet_jax.storage_errors import discard_after_storage_failure
 
 log = logging.getLogger(__name__)
+
+
+class CheckpointMismatchError(UserError):
+    """Signals a checkpoint whose state has another structure than that of the training."""
 
 
 class Checkpoints:
@@ -64,12 +69,23 @@ class Checkpoints:
         Args:
           like: pytree of jax.ShapeDtypeStruct with shardings.
 
+        Raises:
+          CheckpointMismatchError: if the state has another structure.
+
         """
         step = int(broadcast_from_primary(self._newest_sound() if is_primary() else 0))
         self._manager.reload()
         if step < 0:
             return None
-        return step, self._manager.restore(step, args=ocp.args.StandardRestore(like))
+        try:
+            return step, self._manager.restore(step, args=ocp.args.StandardRestore(like))
+        except ValueError as error:
+            if "structure" not in str(error):
+                raise
+            raise CheckpointMismatchError(
+                f"the checkpoint of step {step} in {str(self._folder)!r} has the state of another "
+                "optimizer: set the optimizer with which it was trained, or another workdir"
+            ) from error
 
     def _newest_sound(self) -> int:
         """Returns the step of the newest intact checkpoint, or -1; removes damaged ones."""

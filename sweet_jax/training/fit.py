@@ -27,8 +27,9 @@ from sweet_jax.data.padding import (
 )
 from sweet_jax.methods import loss_weights
 from sweet_jax.models.ownership import Owners
+from sweet_jax.optimizers import LEARNING_RATE_SCHEDULES, OPTIMIZERS
 from sweet_jax.training.best_state import BestStateTracker
-from sweet_jax.training.checkpoint import Checkpoints, abstract_state
+from sweet_jax.training.checkpoint import CheckpointMismatchError, Checkpoints, abstract_state
 from sweet_jax.training.initialization import initial_state
 from sweet_jax.training.job import TrainingJob
 from sweet_jax.training.loop import StepRange, open_step_log, run_steps
@@ -223,15 +224,39 @@ def _restore(
     Also sets the best state of the tracker.
     """
     if tracker is None:
-        restored = checkpoints.restore(abstract_state(state, plan.shardings))
+        restored = _restore_newest(checkpoints, abstract_state(state, plan.shardings))
         return restored or (0, reshard(state, plan.shardings))
     tree = {"state": state, "best": tracker.best}
     shardings = {"state": plan.shardings, "best": tracker.shardings}
-    restored = checkpoints.restore(abstract_state(tree, shardings))
+    restored = _restore_newest(checkpoints, abstract_state(tree, shardings))
     step, tree = restored or (0, reshard(tree, shardings))
     best = tree["best"]
     tracker.best = best._replace(area=to_host(best.area), step=to_host(best.step))
     return step, tree["state"]
+
+
+def _restore_newest(checkpoints: Checkpoints, like: Any) -> tuple[int, Any] | None:
+    """Returns `checkpoints.restore(like)`, also for checkpoints with the name that versions before
+    the key `optimizer` gave to the optimizer state: "adam".
+
+    like: a state, or a dict with the state under "state".
+    """
+    try:
+        return checkpoints.restore(like)
+    except CheckpointMismatchError:
+        own = like if isinstance(like, State) else like["state"]
+        older = {"adam" if k == "opt_state" else k: v for k, v in own._asdict().items()}
+        older_tree = older if isinstance(like, State) else like | {"state": older}
+        try:
+            restored = checkpoints.restore(older_tree)
+        except CheckpointMismatchError:
+            restored = None
+        if restored is None:
+            raise
+        step, tree = restored
+        values = tree if isinstance(like, State) else tree["state"]
+        state = State(**{"opt_state" if k == "adam" else k: v for k, v in values.items()})
+        return step, state if isinstance(like, State) else tree | {"state": state}
 
 
 def step_settings(
@@ -283,6 +308,6 @@ def step_settings(
         frozen=frozen,
         head_learning_rate=config.head_learning_rate,
         layer_decay=config.layer_decay,
-        optimizer=config.optimizer,
-        learning_rate_schedule=config.learning_rate_schedule,
+        optimizer=OPTIMIZERS[config.optimizer],
+        learning_rate_schedule=LEARNING_RATE_SCHEDULES[config.learning_rate_schedule],
     )

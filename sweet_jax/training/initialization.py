@@ -4,7 +4,6 @@ Shape letters: R replica.
 """
 
 import dataclasses
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from sweet_jax.models.pretrained import Checkpoint
 from sweet_jax.optimizers import OPTIMIZERS
 from sweet_jax.training.checkpoint import has_checkpoint, read_params
 from sweet_jax.training.growth import BaseRun, merge_grown_params
+from sweet_jax.training.optimizer import starts_at_zero
 from sweet_jax.training.probe import read_classifiers, refit_path, with_classifiers
 from sweet_jax.training.sharding import add_replica_axis
 from sweet_jax.training.step import Params, State
@@ -134,30 +134,22 @@ def initial_state(
     replicas = config.replicas()
     graphdefs, params, trained = zip(*(one(*replica) for replica in replicas), strict=True)
     seeds, rates = zip(*replicas, strict=True)
-    init = OPTIMIZERS[config.optimizer].init
+    optimizer = OPTIMIZERS[config.optimizer]
+    if starts_at_zero(config.optimizer, optimizer, trained[0]):
+        shapes = jax.eval_shape(optimizer.init, trained[0])
+        # np.zeros takes no memory until it is written to.
+        opt_state = jax.tree.map(lambda x: np.zeros((len(replicas), *x.shape), x.dtype), shapes)
+    else:
+        starts = [jax.device_get(optimizer.init(params)) for params in trained]
+        opt_state = jax.tree.map(lambda *x: np.stack(x), *starts)
     on_host: dict[str, Any] = {
         "params": jax.tree.map(lambda *x: np.stack(x), *params),
-        "opt_state": _stack_opt_states(map(init, trained), len(replicas)),
+        "opt_state": opt_state,
         "step": np.zeros(len(replicas), np.int32),
         "learning_rate": np.asarray(rates, np.float32),
         "seed": np.asarray(seeds, np.uint32),
     }
     return graphdefs[0], State(**on_host)
-
-
-def _stack_opt_states(opt_states: Iterable[Any], replicas: int) -> Any:
-    """Stacks the optimizer state of each replica, [R, ...] on the host.
-
-    Most start with zeros, which are not written: np.zeros takes no memory until it is written to.
-    """
-    stacked: Any = None
-    for number, opt_state in enumerate(opt_states):
-        if stacked is None:
-            stacked = jax.tree.map(lambda x: np.zeros((replicas, *x.shape), x.dtype), opt_state)
-        for array, start in zip(jax.tree.leaves(stacked), jax.tree.leaves(opt_state), strict=True):
-            if (values := np.asarray(start)).any():
-                array[number] = values
-    return stacked
 
 
 def base_checkpoint_folder(base: BaseRun) -> Path:

@@ -6,36 +6,19 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
+from sweet_jax.errors import UserError, one_line
 from sweet_jax.models.ownership import SHARED, encoder_layer, parameter_owners
-from sweet_jax.optimizers import LEARNING_RATE_SCHEDULES, OPTIMIZERS
 from sweet_jax.training.gradients import Params
 from sweet_jax.training.settings import StepSettings
 
 _LEARNING_TO_EXIT = jax.tree_util.DictKey("learning_to_exit")  # key in a head's parameters
-# Values from the SWEET paper, appendix A. Clipping, weight decay and the schedule are written out
-# below because optax's partition, clip_by_global_norm, adamw and join_schedules made a step 13%
-# slower (median of 26 alternating rounds on 2 CPU cores, MiniLM's shape, 16 rows of 32 tokens,
-# quartiles 9% and 24%), require step counts that are constants, and round differently (up to 4e-9
-# in a parameter after one step).
-ADAM = optax.scale_by_adam(b1=0.9, b2=0.999, eps=1e-8)
-LION = optax.scale_by_lion(b1=0.9, b2=0.99)  # Chen et al. 2023 (arXiv 2302.06675), algorithm 2
-
-
-def linear(remaining: jax.Array) -> jax.Array:
-    """Returns a share that falls to 0 with the remaining share of the steps (SWEET, appendix A)."""
-    return remaining
-
-
-def cosine(remaining: jax.Array) -> jax.Array:
-    """Returns a share that falls to 0 along half a cosine (Loshchilov and Hutter 2017, eq. 5)."""
-    return 0.5 - 0.5 * jnp.cos(jnp.pi * remaining)
-
-
-def constant(remaining: jax.Array) -> jax.Array:
-    """Returns 1: after warm-up, the learning rate stays at its peak."""
-    return jnp.ones_like(remaining)
+# Clipping, weight decay and the schedule are written out below because optax's partition,
+# clip_by_global_norm, adamw and join_schedules made a step 13% slower (median of 26 alternating
+# rounds on 2 CPU cores, MiniLM's shape, 16 rows of 32 tokens, quartiles 9% and 24%), require step
+# counts that are constants, and round differently (up to 4e-9 in a parameter after one step).
 
 
 def apply_gradients(
@@ -58,8 +41,8 @@ def apply_gradients(
     trained = jax.tree.map(
         lambda g, p: None if g is None else p, grads, params, is_leaf=lambda x: x is None
     )
-    optimizer, clipped = OPTIMIZERS[settings.optimizer], clip_gradients(grads, settings)
-    updates, opt_state = optimizer.update(clipped, opt_state, trained)
+    clipped = clip_gradients(grads, settings)
+    updates, opt_state = settings.optimizer.update(clipped, opt_state, trained)
 
     def update(path: tuple, u: jax.Array | None, p: jax.Array) -> jax.Array:
         if u is None:
@@ -125,8 +108,41 @@ def learning_rate_share(step: jax.Array, settings: StepSettings) -> jax.Array:
     schedule = settings.schedule
     rising = jnp.where(schedule.warmup > 0, (step + 1) * schedule.per_warmup_step, 1.0)
     remaining = jnp.minimum(1.0, (schedule.total - step) * schedule.per_decay_step)
-    share = LEARNING_RATE_SCHEDULES[settings.learning_rate_schedule](remaining)
-    return jnp.minimum(1.0, rising) * share
+    return jnp.minimum(1.0, rising) * settings.learning_rate_schedule(remaining)
+
+
+def starts_at_zero(name: str, optimizer: optax.GradientTransformation, params: Params) -> bool:
+    """Returns whether every state of an optimizer starts with zeros, whatever the parameters are.
+
+    It is tried on parameters of the same structure and ranks, but of size 1.
+
+    Args:
+      name: name of the optimizer, for messages.
+      optimizer: the optimizer.
+      params: parameters, of which None are not trained.
+
+    Raises:
+      UserError: if the optimizer cannot be used, or if its update points up the gradient.
+
+    """
+    small = jax.tree.map(lambda x: jnp.full((1,) * np.ndim(x), 1.5, jnp.float32), params)
+    grads = jax.tree.map(jnp.ones_like, small)
+    try:
+        state = optimizer.init(small)
+        updates, _ = optimizer.update(grads, state, small)
+        slope = sum(float(jnp.sum(update)) for update in jax.tree.leaves(updates))
+        numbers = [np.asarray(leaf, np.float64) for leaf in jax.tree.leaves(state)]
+    except Exception as error:  # a transformation can raise anything
+        raise UserError(
+            f"optimizer {name!r} cannot be used: {type(error).__name__}: {one_line(error)}"
+        ) from error
+    if slope < 0:
+        raise UserError(
+            f"optimizer {name!r} would increase the loss: the training step negates the update and "
+            "multiplies it by the learning rate itself, so use optax.scale_by_adam(), for example, "
+            "and not optax.adamw(1e-3)"
+        )
+    return not any(leaf.any() for leaf in numbers)
 
 
 def map_moments(transform: Callable[..., Any], params: Params, *opt_states: Any) -> Any:

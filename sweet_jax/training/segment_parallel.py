@@ -17,6 +17,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
+from sweet_jax.errors import UserError
 from sweet_jax.models.early_exit import SegmentState
 from sweet_jax.models.ownership import Owners, parameter_owners
 from sweet_jax.training.losses import StepMetrics
@@ -90,8 +91,17 @@ def split_state(
       exits: layer numbers of the exits.
       owners: see `StepSettings`.
 
+    Raises:
+      UserError: if the state of the optimizer cannot be split.
+
     """
     owner_of = parameter_owners(state.params, exits, owners=owners)
+    rest = map_moments(lambda _: None, state.params, state.opt_state)
+    if any(leaf.ndim > np.ndim(state.step) for leaf in jax.tree.leaves(rest)):
+        raise UserError(
+            "the state of this optimizer cannot be split among groups of devices, because parts of "
+            "it are not like the parameters: set --config.segment_parallel=False"
+        )
 
     def of(group: DeviceGroup) -> State:
         owners = {exits[index] for index in group.segments}

@@ -14,7 +14,9 @@ from flax import nnx
 from sweet_jax.models.ownership import Owners
 from sweet_jax.objectives.objective import Objective
 from sweet_jax.objectives.single_label import SINGLE_LABEL
+from sweet_jax.optimizers import GradientTransformation, LearningRateSchedule
 from sweet_jax.training.losses import Distillation, TrainingLoss
+from sweet_jax.training.transformations import ADAM, linear
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,8 +43,8 @@ class StepSettings:
     shared_relative: bool = False  # whether every exit trains the table of relative positions
     owners: Owners = ()  # exits that train the groups of parameters that the family declares
     frozen: int = 0  # number of segments, counted from the first, that are not trained
-    optimizer: str = "adamw"  # a name in OPTIMIZERS
-    learning_rate_schedule: str = "linear"  # a name in LEARNING_RATE_SCHEDULES
+    optimizer: GradientTransformation = ADAM
+    learning_rate_schedule: LearningRateSchedule = linear
     head_learning_rate: float = 1.0  # learning rate of the heads, relative to the base rate
     layer_decay: float = 1.0  # learning rate of a layer, relative to the layer above it
     # The step counts as arguments of the compiled program, replacing the constants above.

@@ -12,11 +12,12 @@ from flax import nnx
 
 from sweet_jax.models.early_exit import ModelOutput, SegmentState
 from sweet_jax.models.layers import derive_key
-from sweet_jax.optimizers import OPTIMIZERS
+from sweet_jax.optimizers import GradientTransformation
 from sweet_jax.training.gradients import Params, Segments, segment_gradients, whole_gradients
 from sweet_jax.training.losses import StepMetrics
 from sweet_jax.training.optimizer import apply_gradients, learning_rate_share
 from sweet_jax.training.settings import StepSettings
+from sweet_jax.training.transformations import ADAM
 
 
 class State(NamedTuple):
@@ -33,8 +34,7 @@ def init_state(
     params: Params,
     learning_rate: float,
     seed: int,
-    trained: Params = None,
-    optimizer: str = "adamw",
+    optimizer: GradientTransformation = ADAM,
 ) -> State:
     """Returns the state before the first step.
 
@@ -42,14 +42,12 @@ def init_state(
       params: initial parameters.
       learning_rate: peak learning rate.
       seed: seed of the replica.
-      trained: a tree like `params` with None for the parameters that get no gradients; by default
-        all parameters get gradients.
-      optimizer: a name in OPTIMIZERS.
+      optimizer: optimizer of the training.
 
     """
     return State(
         params,
-        OPTIMIZERS[optimizer].init(params if trained is None else trained),
+        optimizer.init(params),
         jnp.zeros((), jnp.int32),
         jnp.asarray(learning_rate, jnp.float32),
         jnp.asarray(seed, jnp.uint32),
