@@ -18,7 +18,12 @@ from sweet_jax.preparation import prepare
 from sweet_jax.training.checkpoint import Checkpoints, abstract_state
 from sweet_jax.training.fit import _restore_newest, fit, step_settings
 from sweet_jax.training.initialization import initial_state, model_specs
-from sweet_jax.training.optimizer import apply_gradients, learning_rate_share, map_moments
+from sweet_jax.training.optimizer import (
+    apply_gradients,
+    learning_rate_share,
+    map_moments,
+    starts_at_zero,
+)
 from sweet_jax.training.segment_parallel import DeviceGroup, join_state, split_state
 from sweet_jax.training.sharding import (
     drop_replica_axis,
@@ -213,3 +218,10 @@ def test_a_run_of_the_version_before_goes_on(options, tmp_path):
     with pytest.raises(UserError, match="has the state of another optimizer: set the optimizer"):
         _restore_newest(checkpoints, lion)
     checkpoints.close()
+
+
+@pytest.mark.parametrize("name", list(OPTIMIZERS))
+def test_the_optimizers_of_the_package_start_at_zero(name):
+    _, params = build()
+    assert starts_at_zero(name, OPTIMIZERS[name], params)
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(OPTIMIZERS[name].init(params)))

@@ -236,8 +236,9 @@ def _restore(
 
 
 def _restore_newest(checkpoints: Checkpoints, like: Any) -> tuple[int, Any] | None:
-    """Returns `checkpoints.restore(like)`, also for checkpoints with the name that versions before
-    the key `optimizer` gave to the optimizer state: "adam".
+    """Returns `checkpoints.restore(like)`, also for checkpoints of earlier versions.
+
+    These call the optimizer state "adam", since they had no other optimizer.
 
     like: a state, or a dict with the state under "state".
     """
