@@ -66,10 +66,7 @@ def recommend(run: Path, target: Mapping[str, float]) -> str:
         target, resolution, option = {}, resolver.resolve(analysis.policy), ""
     # If no threshold keeps the last exit's metric, all layers are used.
     threshold = np.inf if resolution.threshold is None else resolution.threshold
-    # With times of one length only, a text's own length makes no difference.
-    lengths = (
-        _validation_lengths(run, model) if model.long_tokens and len(table.lengths) > 1 else None
-    )
+    lengths = _validation_lengths(run, model) if model.long_tokens else None
     exits = analysis.exits_taken(replica, threshold)
     times = np.broadcast_to(clock, (len(exits), len(clock)))  # [N, E]
     if lengths is not None:
@@ -246,7 +243,7 @@ def _describe_times(model: ModelArtifact, table: LatencyTable, spread: str | Non
     tokens, longest = table.lengths[0], table.lengths[-1]
     where = (
         "at each text's own length"
-        if spread
+        if spread and longest > tokens
         else f"at the median length, padded to {tokens} tokens"
     )
     last = [format_milliseconds(table.until_exit(length)[-1]) for length in (tokens, longest)]

@@ -395,7 +395,7 @@ SEARCHED = {"best_steps": {"exits_1_2_4": [39]}, "rate_search": {"steps": 40}}
         (
             FITTED | SEARCHED | {"best_steps": {"exits_1_2_4": [0]}},
             "probe_1",
-            "fine-tuning did not change the saved encoder",
+            "the saved encoder is the pretrained one",
         ),
     ],
 )
