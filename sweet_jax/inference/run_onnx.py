@@ -119,13 +119,7 @@ if __name__ == "__main__":
     for stream in (sys.stdin, sys.stdout):
         stream.reconfigure(encoding="utf-8")  # type: ignore[union-attr] # a TextIOWrapper here
     try:
-        rows = []
-        for number, line in enumerate(filter(str.strip, sys.stdin), start=1):
-            try:
-                rows.append(json.loads(line))
-            except ValueError:
-                message = f'row {number} is not JSON, such as "a text": {line.strip()}'
-                raise ValueError(message) from None
+        rows = [json.loads(line) for line in sys.stdin if line.strip()]
         for answer in Classifier(precision=[*sys.argv[1:], "float32"][0]).predict(rows):
             print(json.dumps(answer, ensure_ascii=False))
     except (ValueError, TypeError, OSError) as error:
