@@ -20,9 +20,9 @@ from sweet_jax.training.fit import _restore_newest, fit, step_settings
 from sweet_jax.training.initialization import initial_state, model_specs
 from sweet_jax.training.optimizer import (
     apply_gradients,
+    check_optimizer,
     learning_rate_share,
     map_moments,
-    starts_at_zero,
 )
 from sweet_jax.training.segment_parallel import DeviceGroup, join_state, split_state
 from sweet_jax.training.sharding import (
@@ -51,7 +51,7 @@ def square_root(remaining):
 @pytest.mark.parametrize("optimizer", ["adamw", "lion"])
 @pytest.mark.parametrize("decay", [0.0, 0.1])
 def test_an_update_is_that_of_the_paper(optimizer, decay):
-    """Of Kingma and Ba 2015 (arXiv 1412.6980) and Chen et al. 2023 (arXiv 2302.06675), in NumPy."""
+    """Adam of Kingma and Ba 2015 (arXiv 1412.6980), Lion of Chen et al. 2023 (2302.06675)."""
     graphdef, params = build()
     chosen = settings(graphdef, optimizer=OPTIMIZERS[optimizer], weight_decay=decay)
     state = init_state(params, 1e-3, 0, OPTIMIZERS[optimizer]).opt_state
@@ -223,5 +223,5 @@ def test_a_run_of_the_version_before_goes_on(options, tmp_path):
 @pytest.mark.parametrize("name", list(OPTIMIZERS))
 def test_the_optimizers_of_the_package_start_at_zero(name):
     _, params = build()
-    assert starts_at_zero(name, OPTIMIZERS[name], params)
+    assert check_optimizer(name, OPTIMIZERS[name], params)
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(OPTIMIZERS[name].init(params)))

@@ -35,7 +35,7 @@ class Columns:
       texts: names of the columns of texts.
       label: name of the label column; None to read texts for prediction.
       kept: names of further columns, whose values are kept as in JSON: text, numbers and booleans
-        unchanged, and others converted with str.
+        unchanged, lists of text joined to a|b, and others converted with str.
       several_labels: whether a label may be empty or a list of labels, which is read as a|b.
 
     """

@@ -34,8 +34,8 @@ def describe_training(results: Mapping[str, Any], classes: int) -> str:
     depth = "1 layer" if layers[-1] == "1" else f"{layers[-1]} layers"
     model = f"{checkpoint} with {depth}, fine-tuned ({method})"
     if keeps_encoder(results):
-        reason = "no step of fine-tuning was better on the tuning rows"
-        reason = "epochs=0" if results.get("epochs") == 0 else reason
+        trained = results.get("epochs") != 0
+        reason = "no step of fine-tuning was better on the tuning rows" if trained else "epochs=0"
         model = f"{checkpoint} with {depth}, its weights unchanged ({reason}), and heads fitted"
     if METHODS[results["method"]].model_per_exit:
         model = f"{len(layers)} models from {checkpoint} ({method})"

@@ -241,23 +241,21 @@ def _restore_newest(checkpoints: Checkpoints, like: Any) -> tuple[int, Any] | No
     These call the optimizer state "adam", since they had no other optimizer.
 
     like: a state, or a dict with the state under "state".
+
+    Raises CheckpointMismatchError if the checkpoint has another structure than either.
     """
     try:
         return checkpoints.restore(like)
     except CheckpointMismatchError:
-        own = like if isinstance(like, State) else like["state"]
+        alone = isinstance(like, State)
+        own = like if alone else like["state"]
         older = {"adam" if k == "opt_state" else k: v for k, v in own._asdict().items()}
-        older_tree = older if isinstance(like, State) else like | {"state": older}
-        try:
-            restored = checkpoints.restore(older_tree)
-        except CheckpointMismatchError:
-            restored = None
-        if restored is None:
-            raise
+        restored = checkpoints.restore(older if alone else like | {"state": older})
+        assert restored is not None, "there is a checkpoint, which did not match"
         step, tree = restored
-        values = tree if isinstance(like, State) else tree["state"]
+        values = tree if alone else tree["state"]
         state = State(**{"opt_state" if k == "adam" else k: v for k, v in values.items()})
-        return step, state if isinstance(like, State) else tree | {"state": state}
+        return step, state if alone else tree | {"state": state}
 
 
 def step_settings(

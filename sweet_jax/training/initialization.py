@@ -4,6 +4,7 @@ Shape letters: R replica.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from sweet_jax.models.pretrained import Checkpoint
 from sweet_jax.optimizers import OPTIMIZERS
 from sweet_jax.training.checkpoint import has_checkpoint, read_params
 from sweet_jax.training.growth import BaseRun, merge_grown_params
-from sweet_jax.training.optimizer import starts_at_zero
+from sweet_jax.training.optimizer import check_optimizer
 from sweet_jax.training.probe import read_classifiers, refit_path, with_classifiers
 from sweet_jax.training.sharding import add_replica_axis
 from sweet_jax.training.step import Params, State
@@ -98,7 +99,7 @@ def initial_state(
 
     Each parameter comes from the run `base` if it has it, otherwise from the pretrained checkpoint
     if it has it, and otherwise it is random, drawn from the replica's seed. Raises UserError if the
-    checkpoints of `base` are missing or damaged.
+    checkpoints of `base` are missing or damaged, or if the optimizer cannot be used.
     """
     encoder = checkpoint.weights.first_layers(model.exits[-1])
     pooler = checkpoint.weights.pooler
@@ -134,22 +135,34 @@ def initial_state(
     replicas = config.replicas()
     graphdefs, params, trained = zip(*(one(*replica) for replica in replicas), strict=True)
     seeds, rates = zip(*replicas, strict=True)
-    optimizer = OPTIMIZERS[config.optimizer]
-    if starts_at_zero(config.optimizer, optimizer, trained[0]):
-        shapes = jax.eval_shape(optimizer.init, trained[0])
-        # np.zeros takes no memory until it is written to.
-        opt_state = jax.tree.map(lambda x: np.zeros((len(replicas), *x.shape), x.dtype), shapes)
-    else:
-        starts = [jax.device_get(optimizer.init(params)) for params in trained]
-        opt_state = jax.tree.map(lambda *x: np.stack(x), *starts)
     on_host: dict[str, Any] = {
         "params": jax.tree.map(lambda *x: np.stack(x), *params),
-        "opt_state": opt_state,
+        "opt_state": _initial_opt_state(config.optimizer, trained),
         "step": np.zeros(len(replicas), np.int32),
         "learning_rate": np.asarray(rates, np.float32),
         "seed": np.asarray(seeds, np.uint32),
     }
     return graphdefs[0], State(**on_host)
+
+
+def _initial_opt_state(name: str, trained: Sequence[Params]) -> Any:
+    """Returns the optimizer's state [R, ...] before the first step, on the host.
+
+    Args:
+      name: name of the optimizer.
+      trained: parameters of each replica; None for those that are not trained.
+
+    Raises:
+      UserError: if the optimizer cannot be used.
+
+    """
+    optimizer = OPTIMIZERS[name]
+    if check_optimizer(name, optimizer, trained[0]):
+        shapes = jax.eval_shape(optimizer.init, trained[0])
+        # np.zeros takes no memory until it is written to.
+        return jax.tree.map(lambda x: np.zeros((len(trained), *x.shape), x.dtype), shapes)
+    opt_states = [jax.device_get(optimizer.init(params)) for params in trained]
+    return jax.tree.map(lambda *x: np.stack(x), *opt_states)
 
 
 def base_checkpoint_folder(base: BaseRun) -> Path:

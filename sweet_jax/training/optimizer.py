@@ -112,10 +112,11 @@ def learning_rate_share(step: jax.Array, settings: StepSettings) -> jax.Array:
     return jnp.minimum(1.0, rising) * settings.learning_rate_schedule(remaining)
 
 
-def starts_at_zero(name: str, optimizer: optax.GradientTransformation, params: Params) -> bool:
-    """Returns whether every state of an optimizer starts with zeros, whatever the parameters are.
+def check_optimizer(name: str, optimizer: optax.GradientTransformation, params: Params) -> bool:
+    """Returns whether the state of an optimizer starts with zeros, whatever the parameters are.
 
-    Those of other packages are tried, on parameters of the same structure and ranks of size 1.
+    Optimizers of other packages are tried, on parameters of the same structure and ranks whose
+    dimensions are 1.
 
     Args:
       name: name of the optimizer, for messages.
