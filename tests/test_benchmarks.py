@@ -291,7 +291,7 @@ def test_the_command_for_a_gpu_is_rehearsed(glue_dir, tmp_path):
         assert float(row[5]) == pytest.approx(float(row[2]) / float(row[1]), abs=0.02)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's allocator is Linux's")
 def test_each_allocator_s_step_is_timed_against_the_system_s(capsys):
     from experiments.benchmarks import allocator
@@ -308,7 +308,7 @@ def test_each_allocator_s_step_is_timed_against_the_system_s(capsys):
         assert float(cell[5]) > 50  # MiB: jax alone is more
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_recipe_s_parts_are_timed(capsys):
     arguments = ["--shape=tiny", "--size=2x8", "--rows=40", "--rounds=1"]
     recipe.main(arguments)

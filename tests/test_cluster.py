@@ -135,7 +135,7 @@ def swept(two_workers, arguments, tmp_path_factory):
     return folder, name, step, [*lines, *out.splitlines(keepends=True)]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_killed_worker_s_cell_is_finished_and_every_cell_once(swept):
     folder, name, step, lines = swept
     states = manifest(folder)
@@ -165,7 +165,7 @@ def local(arguments, tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("name", CELLS)
 def test_records_equal_those_of_the_local_engine(swept, local, name):
     ours, theirs = (read_study(f / "out")[0][name] for f in (swept[0], local))
@@ -186,7 +186,7 @@ def test_records_equal_those_of_the_local_engine(swept, local, name):
         np.testing.assert_allclose(*logits, atol=1e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_what_is_done_is_not_run_again(swept, arguments, monkeypatch, capsys):
     """Records are what counts: without a manifest, and with no Ray to connect to."""
     folder = swept[0]
@@ -197,7 +197,7 @@ def test_what_is_done_is_not_run_again(swept, arguments, monkeypatch, capsys):
     assert "[" not in capsys.readouterr().out
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_stopped_it_saves_and_the_same_command_goes_on(two_workers, arguments, tmp_path, capsys):
     full = [*command(arguments, tmp_path), "--methods=sweet", "--set", "epochs=60"]
     full += ["--set", "checkpoint_every=1000"]  # of 420 steps: saved but by a stop
@@ -249,7 +249,7 @@ def test_a_failed_cell_does_not_stop_the_others(arguments, tmp_path, monkeypatch
     assert all(re.match(r"(rte|sst2)-sweet on |\[[12]/2\] ", line) for line in out.splitlines())
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_cell_whose_worker_dies_too_often_is_given_up(two_workers, arguments, tmp_path):
     full = [*command(arguments, tmp_path), "--methods=sweet", "--worker_retries=0"]
     process = driver([*full, f"--address={two_workers}"])

@@ -225,7 +225,7 @@ def small(tmp_path_factory, arguments) -> list[str]:
     ]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     ("script", "more", "rows"),
     [
@@ -371,7 +371,7 @@ def test_replicas_of_a_cell_equal_their_solo_runs(finished, arguments, tmp_path)
         run(Config(**{**vars(solo), "data_dir": str(moved)}), tmp_path / "solo")
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_rate_search_on_the_first_seed_trains_the_best_rate_with_the_others(
     finished, arguments, tmp_path, monkeypatch
 ):
@@ -401,7 +401,7 @@ def test_a_rate_search_on_the_first_seed_trains_the_best_rate_with_the_others(
     assert (tmp_path / "out" / "scores.csv").read_bytes() == scores
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_of_five_rates_by_three_seeds_each_equals_its_solo_run(arguments, tmp_path):
     """With dropout, whose masks each replica must draw as it would alone."""
     checkpoint = write_checkpoint(tmp_path / "checkpoint", layers=2, dropout=0.1)

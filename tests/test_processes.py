@@ -170,7 +170,7 @@ def test_segments_on_two_processes_are_those_of_one_device(alone, options, tmp_p
     assert_same(tmp_path / "run", alone)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_who_loses_the_other_stops_and_any_number_of_devices_goes_on(options, tmp_path):
     """Two replicas, one in each process; the second of two trainings is stopped, then killed."""
     changes = {"seeds": (0, 1), "method": "multi_model", "exits": (1, 3)}
@@ -197,7 +197,7 @@ def test_who_loses_the_other_stops_and_any_number_of_devices_goes_on(options, tm
     assert_same(workdir, tmp_path / "alone")
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_processes_that_do_not_go_together_are_refused_in_one_line(options, tmp_path):
     config, workdir = recipe(tmp_path, options), tmp_path / "run"
     other = tmp_path / "other"
@@ -346,7 +346,7 @@ def test_other_processes_wait_for_the_recommendation_of_the_first(options, tmp_p
     assert done == ["run", "enter", "recommend", "leave"]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_two_processes_probe_search_stop_and_refit_as_one(options, tmp_path):
     """The regressions of features that differ in their last bits agree to a thousandth."""
     changes = {"head_init": "probe", "head_refit": True, "epochs": "auto", "pooling": "mean"}

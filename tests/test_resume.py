@@ -53,11 +53,10 @@ def numbers(workdir: Path) -> dict:
     return {key: value for key, value in results.items() if key != "timing"}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("devices", "changes"),
     [
-        (
+        pytest.param(
             1,
             {
                 "pooling": "mean",
@@ -75,8 +74,9 @@ def numbers(workdir: Path) -> dict:
                 "tuning_fraction": 0.2,
                 "baselines": "quick",
             },
+            marks=pytest.mark.slow,
         ),
-        (
+        pytest.param(
             4,
             {
                 "seeds": (0, 1),
@@ -91,6 +91,7 @@ def numbers(workdir: Path) -> dict:
                 "distillation_temperature": 2.0,
                 "conflict_every": 4,
             },
+            marks=pytest.mark.nightly,
         ),
     ],
 )

@@ -67,9 +67,9 @@ def assert_close(ours, theirs):
             *("bert", 4, {"exits": (2, 4), "pooling": "mean", "loss_weights": "shallow_deep"}),
             marks=pytest.mark.slow,
         ),
-        pytest.param("bert", 4, {"exits": (2, 4), "seeds": (0, 1)}, marks=pytest.mark.slow),
+        pytest.param("bert", 4, {"exits": (2, 4), "seeds": (0, 1)}, marks=pytest.mark.nightly),
         # Four groups.
-        pytest.param("deberta", 4, {"learning_to_exit": "detached"}, marks=pytest.mark.slow),
+        pytest.param("deberta", 4, {"learning_to_exit": "detached"}, marks=pytest.mark.nightly),
     ],
 )
 def test_twenty_steps_are_those_of_one_device(
