@@ -91,7 +91,7 @@ def sections(options: argparse.Namespace, records: Records) -> list[Section]:
 def _effects(options: argparse.Namespace, records: Records) -> list[list[str]]:
     """Returns a row for each change and task, and one for the mean over tasks."""
     ours, release = VARIANTS[0], VARIANTS[-1]
-    gaps = {
+    gaps: dict[str, tuple[tuple[str, str, str], ...]] = {
         "as released": (("sweet", *release), ("early_exit", *release)),
         "per exit and owner": (("sweet", *ours), ("early_exit", *ours)),
     }

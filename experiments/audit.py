@@ -18,6 +18,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from experiments.audit_simulation import (
     DAY,
     DAYS,
@@ -53,7 +55,8 @@ def compute_outputs(run: Run, name: str, workdir: Path, texts: list[str]) -> Exi
         classifier = run.classifier(engine="onnxruntime")
         logits, _ = compute_all_exits(classifier.model, classifier.engine, texts)
         labels = logits[-1].argmax(-1)  # not used
-        ExitOutputs(logits, labels, classifier.layers, identity=run.outputs.identity).save(path)
+        layers = np.asarray(classifier.layers)
+        ExitOutputs(logits, labels, layers, identity=run.outputs.identity).save(path)
     return ExitOutputs.load(path)
 
 
@@ -96,7 +99,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     for task, run in runs.items():
         for name, classifier, target in operating_points(run):
             usual = serve_rows(classifier, run.outputs)
-            about = {"task": task, "operating_point": name, "target": target}
+            about: dict[str, Any] = {"task": task, "operating_point": name, "target": target}
             about |= {"usual": float(usual.agrees.mean())}
             results["false_shifts"].append(about | {"rejected": count_false_shifts(usual)})
             first = name == "cost=0.5"

@@ -160,7 +160,7 @@ def _connected(options: argparse.Namespace) -> Iterator[types.ModuleType]:
             "with --address=auto"
         )
     logging.getLogger("ray").setLevel(logging.ERROR)  # keeps Ray's messages off the terminal
-    arguments = {"include_dashboard": False} if address == "local" else {}
+    arguments: dict[str, Any] = {"include_dashboard": False} if address == "local" else {}
     handler = signal.getsignal(signal.SIGTERM)  # which Ray replaces
     try:
         if address not in ("auto", "local"):  # fails at once, where Ray would try for minutes

@@ -66,7 +66,8 @@ def compare_float32(folder: Path, texts: list[Any]) -> dict[str, Any]:
         logits, scores = compute_all_exits(model, classifier.engine, texts)  # [E, N, C]
         learned = None if scores is None else scores[None]
         labels = np.zeros(len(texts), int)  # not used
-        outputs = ExitOutputs(logits[None], labels, model.layers, model.cost, learned)
+        layers = np.asarray(model.layers)
+        outputs = ExitOutputs(logits[None], labels, layers, model.cost, learned)
         confidences = exit_confidences(outputs, model.policy, [classifier.calibrator])[0]  # [E, N]
         thresholds = thresholds or _thresholds(outputs, confidences)
         taken = [classifier.at(threshold=t).predict(texts).exits for t in thresholds]  # [N] each

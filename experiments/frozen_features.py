@@ -118,7 +118,10 @@ def probe_outputs(
     calibration = np.stack([logits(features.train[:, features.calibration[s]], s) for s in seeds])
     validation = np.stack([logits(features.validation, s) for s in seeds])  # [S, E, V, C]
     labels = features.labels[features.calibration]  # [S, K]
+    # The fields of a ModelOutput are declared as arrays of jax. Those of the models' outputs that
+    # `evaluate` returns, and `exit_outputs` takes, are arrays of NumPy too.
+    outputs = [ModelOutput(x) for x in (calibration, validation)]  # type: ignore[arg-type]
     return (
-        exit_outputs(job, "calibration", [ModelOutput(calibration)], labels),
-        exit_outputs(job, "validation", [ModelOutput(validation)], job.validation.labels),
+        exit_outputs(job, "calibration", outputs[:1], labels),
+        exit_outputs(job, "validation", outputs[1:], job.validation.labels),
     )

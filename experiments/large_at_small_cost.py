@@ -79,14 +79,18 @@ def measure_latency(checkpoint: Checkpoint, exits: Sequence[int]) -> tuple[np.nd
     ]
     carried = None
     for i, segment in enumerate(segments):
-        deep[i] = _median_seconds(lambda s=segment, c=carried: s(params, c)[1].logits)
+        deep[i] = _median_seconds(functools.partial(_logits, segment, params, carried))
         carried = segment(params, carried)[0]
     full = np.zeros(len(exits))
     for i, depth in enumerate(exits):
         shallow = nnx.split(EarlyExit(checkpoint.encoder(key, depth=depth), (depth,), 2, key))
         forward = jax.jit(lambda p, g=shallow[0]: nnx.merge(g, p)(batch))
-        full[i] = _median_seconds(lambda f=forward, p=shallow[1]: f(p))
+        full[i] = _median_seconds(functools.partial(forward, shallow[1]))
     return 1000 * np.cumsum(deep), 1000 * full
+
+
+def _logits(segment: Callable[..., Any], params: Any, carried: Any) -> Any:
+    return segment(params, carried)[1].logits
 
 
 def _median_seconds(call: Callable[[], Any]) -> float:

@@ -71,10 +71,11 @@ def goals(by_cell: ScoresByCell, name: str) -> list[Goal]:
         return float(cells[cell][which].exits.mean())
 
     frozen = [
-        (exits(c) >= np.asarray([baseline(c, p) for p in probes]) - _MARGIN).all() for c in probed
+        bool((exits(c) >= np.asarray([baseline(c, p) for p in probes]) - _MARGIN).all())
+        for c in probed
     ]
-    tfidf = [(exits(c) >= baseline(c, "tfidf") - _MARGIN).all() for c in probed]
-    last = [exits(c)[-1] >= baseline(c, "plain trained") - _MARGIN for c in plain]
+    tfidf = [bool((exits(c) >= baseline(c, "tfidf") - _MARGIN).all()) for c in probed]
+    last = [bool(exits(c)[-1] >= baseline(c, "plain trained") - _MARGIN) for c in plain]
     readouts = compare_to_best(by_cell, name, best_readout_references(by_cell))
     published = compare_to_best(by_cell, name, published_references())
     return [

@@ -191,6 +191,9 @@ def compare_to_best(
     """
     names = list(references.values())
     cells = cells_with(by_cell, [name, *names]) if len(names) == len(METHODS) else []
-    best = [max(names, key=lambda n, c=c: by_cell[c][n].area.mean()) for c in cells]
+    best = []
+    for cell in cells:
+        areas = {n: float(by_cell[cell][n].area.mean()) for n in names}
+        best.append(max(areas, key=areas.__getitem__))
     gaps = [compare(by_cell[c][name], by_cell[c][b]) for c, b in zip(cells, best, strict=True)]
     return BestComparison(cells, best, gaps, holm([gap.p for gap in gaps]))

@@ -13,7 +13,6 @@ tested. Cost: some seconds. The exit status is 1 if a difference is larger.
 Shape letters: B batch, L tokens, H hidden.
 """
 
-import importlib.util
 import sys
 from collections.abc import Sequence
 
@@ -22,8 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from experiments.packages import check_torch
 from sweet_jax.arguments import ArgumentParser, run_command
-from sweet_jax.errors import UserError
 from sweet_jax.models.checkpoint_folder import load_tokenizer
 from sweet_jax.models.pretrained import hidden_states, open_checkpoint
 from sweet_jax.models.tensor_names import is_transposed, path_keys
@@ -50,8 +49,7 @@ def _run(argv: Sequence[str] | None) -> int:
         "--tolerance", type=float, default=1e-5, help="largest difference; default: %(default)s"
     )
     options = parser.parse_args(argv)
-    if importlib.util.find_spec("torch") is None:
-        raise UserError("torch is not installed: pip install -e '.[torch]'")
+    check_torch()
     checkpoint = open_checkpoint(options.checkpoint)
     length = checkpoint.config.positions
     tokens = load_tokenizer(checkpoint)(

@@ -151,6 +151,7 @@ def count_violations(rows: ExitOutputs, size: int, draws: int, seed: int = 0) ->
     for draw in range(draws):
         drawn = np.random.default_rng([seed, draw]).integers(0, count, size)
         resolver = make_resolver(rows.rows(drawn), ("confidence",))
+        assert resolver.half_calibrator is not None, "certificates need two rows"
         points = np.maximum.accumulate(
             exit_confidences(rows, "confidence", [resolver.half_calibrator])[0, :-1]
         )

@@ -227,8 +227,10 @@ def _draws(folder: Path, record: Record) -> np.ndarray:
 
     All cells of a task have the same draws.
     """
-    splits = [ExitOutputs.load(folder / f"{name}.npz") for name in ("calibration", "validation")]
-    analysis = analyse(*splits)
+    calibration, validation = (
+        ExitOutputs.load(folder / f"{split}.npz") for split in ("calibration", "validation")
+    )
+    analysis = analyse(calibration, validation)
     outputs = analysis.validation
     replicas = [record.runs.index(run) for run in chosen_runs(record)]
     counts = draw_counts(outputs.labels.shape[1])  # [D, N]

@@ -46,8 +46,10 @@ def measure(folder: Path) -> Record:
     folder: contains the cell's cell.json, results.json and outputs.
     """
     about, results = (json.loads((folder / f"{n}.json").read_text()) for n in ("cell", "results"))
-    splits = (ExitOutputs.load(folder / f"{split}.npz") for split in ("calibration", "validation"))
-    curve = analyse(*splits).curve  # [R, T]
+    calibration, validation = (
+        ExitOutputs.load(folder / f"{split}.npz") for split in ("calibration", "validation")
+    )
+    curve = analyse(calibration, validation).curve  # [R, T]
     runs = []
     for cost, score, replica in zip(curve.cost, curve.score, results["replicas"], strict=True):
         costs = exact_costs(results["exits"])

@@ -118,7 +118,8 @@ def read_rows(output: Path, task: str) -> Rows | None:
     with np.load(path, allow_pickle=False) as arrays:
         shape = arrays["shape"]
         bits = np.unpackbits(arrays["right"], count=int(shape.prod())).astype(bool).reshape(shape)
-        return Rows(*bits[:3], bits[3:], arrays["cost"], arrays["share"])
+        small, first, full = bits[:3]
+        return Rows(small, first, full, bits[3:], arrays["cost"], arrays["share"])
 
 
 def write_rows(output: Path, task: str, rows: Rows) -> None:
@@ -210,7 +211,7 @@ def render(output: Path, records: Path) -> None:
     ]
     mean_over = f"{100 * np.mean(over):+z.1f}" if len(over) == len(by_task) else ""
     table.append([f"mean of {len(by_task)}", "", "", mean_over, "", *map(str, means), ""])
-    heading = ("task", "n", "MiniLM", "its best layer", "MPNet, exit 1")
+    heading: tuple[str, ...] = ("task", "n", "MiniLM", "its best layer", "MPNet, exit 1")
     heading += (*(f"at MiniLM's {b}" for b in BUDGETS), "MPNet, all layers")
     absent = [t for t in probes.TASKS if t not in by_task]
     lines = ["# A large encoder with exits at a small one's cost", "", _ABOUT, ""]

@@ -164,7 +164,7 @@ def test_without_a_compiler_one_line_says_so(capsys, monkeypatch):
 
         return call
 
-    monkeypatch.setattr(train_step.torch, "compile", refuse)
+    monkeypatch.setattr("torch.compile", refuse)
     options = ["--size=2x8", "--rounds=1", "--steps=1", "--method=sweet", "--dtype=bfloat16"]
     train_step.main(["--shape=tiny", *options])
     text = capsys.readouterr().out
@@ -179,10 +179,10 @@ def test_torch_trains_the_same_parameters(name, method):
     """Each has one owner, and there are as many as here; the method says which losses reach it."""
     import torch
 
-    from experiments.benchmarks import train_step
+    from experiments.benchmarks import torch_step
 
     chosen = shapes.SHAPES[name]
-    model = train_step.make_torch_model(chosen, method)
+    model = torch_step.make_torch_model(chosen, method)
     owned = model.owned_parameters()
     count = sum(p.numel() for group in owned for p in group)
     here = sum(x.size for x in jax.tree.leaves(nnx_params(chosen)))

@@ -1,12 +1,14 @@
 """The experiments end to end on a tiny model: what they run, resume, write and refuse."""
 
 import argparse
+import ast
 import dataclasses
 import errno
 import hashlib
 import json
 import os
 import re
+import runpy
 import shlex
 import shutil
 import signal
@@ -36,7 +38,6 @@ from experiments import (
     learning_to_exit,
     mpnet_checkpoint,
     panel_setfit,
-    parity,
     pcee_control,
     probes,
     rates,
@@ -653,10 +654,23 @@ def test_bad_input_to_a_script_gets_one_line(
     assert not list(tmp_path.iterdir())
 
 
-def test_parity_without_torch_says_how_to_install_it(monkeypatch, capsys):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert parity.main([]) == 2
-    assert capsys.readouterr().err == "error: torch is not installed: pip install -e '.[torch]'\n"
+@pytest.mark.filterwarnings("ignore:.* found in sys.modules:RuntimeWarning")
+@pytest.mark.parametrize(
+    ("name", "required"),
+    [
+        ("parity", []),
+        ("benchmarks.train_step", []),
+        ("benchmarks.job", ["--data_dir=."]),
+        ("benchmarks.torch_job", ["--data_dir=.", "--checkpoint=."]),
+    ],
+)
+def test_without_torch_one_line_says_how_to_install_it(name, required, monkeypatch, capsys):
+    monkeypatch.setattr("experiments.packages.find_spec", lambda _: None)
+    monkeypatch.setattr("sys.argv", [name, *required])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_module(f"experiments.{name}", run_name="__main__")
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == 'error: torch is not installed: pip install -e ".[torch]"\n'
 
 
 @pytest.mark.parametrize(
@@ -723,3 +737,22 @@ def test_help_says_what_is_reproduced_for_what_and_what_to_expect(script, capsys
     text = capsys.readouterr().out
     assert script.__doc__.splitlines()[0] in text
     assert script is grid or ("Cost: " in " ".join(text.split()) and "Expected" in text)
+
+
+MODULES = sorted(
+    ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    for path in (ROOT / "experiments").rglob("*.py")
+    if '__name__ == "__main__"' in path.read_text()
+)
+
+
+@pytest.mark.filterwarnings("ignore:.* found in sys.modules:RuntimeWarning")
+@pytest.mark.parametrize("module", MODULES)
+def test_every_module_that_can_be_run_prints_its_help(module, monkeypatch, capsys):
+    """Also those that need torch, where it is not installed."""
+    monkeypatch.setattr("sys.argv", [module, "--help"])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_module(module, run_name="__main__")
+    assert stop.value.code == 0
+    path = ROOT.joinpath(*module.split(".")).with_suffix(".py")
+    assert ast.get_docstring(ast.parse(path.read_text())).splitlines()[0] in capsys.readouterr().out

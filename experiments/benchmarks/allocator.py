@@ -54,8 +54,13 @@ def start_worker(
     """Yields a process that runs `answer_turns` with environment variables."""
     clean = {k: v for k, v in os.environ.items() if k not in _VARIABLES}
     command = [sys.executable, "-m", "experiments.benchmarks.allocator", "--worker", *arguments]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    with subprocess.Popen(command, env=clean | dict(variables), **pipes) as process:
+    with subprocess.Popen(
+        command,
+        env=clean | dict(variables),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
         yield process
         process.communicate()
 

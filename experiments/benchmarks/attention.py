@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from experiments.benchmarks.shapes import program_memory
 from experiments.benchmarks.timing import time_in_turns
 from sweet_jax.arguments import ArgumentParser, run_command
 from sweet_jax.config import DTYPES
@@ -73,7 +74,7 @@ def compare(batch: int, length: int, dtype: str, rounds: int) -> None:
     for side in SIDES:
         line = notes.get(side, "")
         if side in programs:
-            space = programs[side].memory_analysis().temp_size_in_bytes / 2**20
+            space = program_memory(programs[side]).temp_size_in_bytes / 2**20
             line = f"{1000 * statistics.median(seconds[side]):8.2f} ms, {space:6.0f} MiB{line}"
         print(f"{batch:>3} x {length}  {side[0]:>6}, dropout {side[1]}: {line}", flush=True)
 

@@ -98,8 +98,8 @@ def compile_pass(work: Workload) -> Callable[[], ExitOutputs]:
     rows = np.arange(len(work.tokens))[None]
 
     def run() -> ExitOutputs:
-        logits = evaluate(config, program, params, work.tokens, rows).logits
-        return ExitOutputs(logits, work.tokens.labels, np.asarray(work.exits))
+        logits = evaluate(config, program, params, work.tokens, rows).logits  # on the host
+        return ExitOutputs(np.asarray(logits), work.tokens.labels, np.asarray(work.exits))
 
     return run
 

@@ -35,6 +35,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.benchmarks.tables import describe_machine, table_head, table_row
+from experiments.packages import check_torch
 from sweet_jax.arguments import ArgumentParser, run_command
 from sweet_jax.errors import UserError
 from sweet_jax.paths import resolve_path
@@ -181,6 +182,7 @@ def _print_row(
 def main(argv: list[str] | None = None) -> None:
     """Prints a row for each side."""
     options = _make_parser().parse_args(argv)
+    check_torch()
     data = Path(options.data_dir).resolve()
     options.data_dir = str(data)
     if not (data / "sst2" / "train.parquet").is_file():

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from experiments.benchmarks.shapes import LEARNING_RATE, SHAPES
+from experiments.benchmarks.shapes import LEARNING_RATE, SHAPES, program_memory
 from sweet_jax.arguments import ArgumentParser, run_command
 from sweet_jax.config import Config
 from sweet_jax.training.fit import step_settings
@@ -42,7 +42,7 @@ def count_temporaries(
         "row_mask": jax.ShapeDtypeStruct((batch,), bool),
     }
     compiled = step.lower(state, inputs, settings.schedule).compile()
-    return compiled.memory_analysis().temp_size_in_bytes
+    return program_memory(compiled).temp_size_in_bytes
 
 
 def main(argv: list[str] | None = None) -> None:

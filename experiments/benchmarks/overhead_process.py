@@ -6,6 +6,7 @@ sweet_jax is that of PYTHONPATH, which may be another checkout than this file's.
 with, for each text, the milliseconds of the prediction and those spent in the programs.
 """
 
+import argparse
 import json
 import os
 import sys
@@ -35,7 +36,8 @@ def measure(model: str, texts: int, tokens: int) -> list[list[float]]:
 
         return run
 
-    JaxEngine._program = timed
+    # No option of the engine times its programs.
+    JaxEngine._program = timed  # type: ignore[assignment, method-assign]
     classifier = AdaptiveClassifier.from_pretrained(model, engine="jax", threshold=2.0)
     text, times = " ".join(["film"] * (tokens - 2)), []
     for _ in range(texts + _WARM_UP):
@@ -45,6 +47,18 @@ def measure(model: str, texts: int, tokens: int) -> list[list[float]]:
     return times[_WARM_UP:]
 
 
-if __name__ == "__main__":
+def main(argv: list[str] | None = None) -> None:
+    """Prints the times. Uses nothing of sweet_jax for this, which may be another checkout's."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model", metavar="MODEL", help="model/ folder of a run")
+    parser.add_argument("texts", metavar="TEXTS", type=int, help="number of timed predictions")
+    parser.add_argument("tokens", metavar="TOKENS", type=int, help="number of tokens of each text")
+    options = parser.parse_args(argv)
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-1:])  # before jax starts its threads
-    json.dump(measure(sys.argv[1], int(sys.argv[2]), int(sys.argv[3])), sys.stdout)
+    json.dump(measure(options.model, options.texts, options.tokens), sys.stdout)
+
+
+if __name__ == "__main__":
+    main()

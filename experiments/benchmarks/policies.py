@@ -38,7 +38,8 @@ def random_outputs(rows: int, seed: int) -> ExitOutputs:
     """Returns random logits, labels and learning-to-exit scores."""
     rng = np.random.default_rng(seed)
     logits, labels = rng.normal(size=(4, rows, 3)), rng.integers(0, 3, rows)
-    return ExitOutputs(logits, labels, [1, 2, 4, 6], exit_scores=rng.random((1, 4, rows)))
+    layers = np.asarray([1, 2, 4, 6])
+    return ExitOutputs(logits, labels, layers, exit_scores=rng.random((1, 4, rows)))
 
 
 def loop_over_examples(

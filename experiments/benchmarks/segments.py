@@ -31,6 +31,7 @@ from experiments.benchmarks.shapes import (
     Shape,
     Size,
     parse_size,
+    program_memory,
     random_rows,
 )
 from experiments.benchmarks.tables import describe_machine, table_head, table_row
@@ -147,7 +148,7 @@ def make_segment_parallel(shape: Shape, size: Size) -> Side:
 
 def count_mebibytes(program: jax.stages.Compiled) -> float:
     """Returns the memory that a program needs on each of its devices, in MiB."""
-    memory = program.memory_analysis()
+    memory = program_memory(program)
     size = memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes
     return (size - memory.alias_size_in_bytes) / 2**20
 
@@ -178,8 +179,8 @@ def compare(shape: Shape, size: Size, steps: int, rounds: int) -> None:
         make_data_parallel("data-parallel", shape, size, devices),
         make_segment_parallel(shape, size),
     ]
-    seconds = {side.name: [] for side in sides}  # of a step
-    device_seconds = {side.name: [] for side in sides}
+    seconds: dict[str, list[float]] = {side.name: [] for side in sides}  # of a step
+    device_seconds: dict[str, list[float]] = {side.name: [] for side in sides}
     for side in sides:
         side.take_steps(2)
     for _ in range(rounds):

@@ -43,7 +43,12 @@ from sweet_jax.arguments import ArgumentParser, run_command
 from sweet_jax.errors import UserError
 from sweet_jax.inference.predictions import Predictions
 
-_TARGETS = ({}, {"threshold": 0.7}, {"policy": "patience", "threshold": 2}, {"cost": 0.5})
+_TARGETS: tuple[dict[str, Any], ...] = (
+    {},
+    {"threshold": 0.7},
+    {"policy": "patience", "threshold": 2},
+    {"cost": 0.5},
+)
 _TEXTS = 300
 
 

@@ -6,7 +6,7 @@ Shape letters: R replica, B batch, L length.
 import argparse
 import time
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -60,19 +60,19 @@ class Shape(NamedTuple):
         return EarlyExit(encoder, self.exits, CLASSES, key, exit_config, dtype)
 
 
-_TINY = {
+_TINY: dict[str, Any] = {
     "hidden_size": 32,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "intermediate_size": 64,
 }
-_LARGE = {
+_LARGE: dict[str, Any] = {
     "hidden_size": 1024,
     "num_hidden_layers": 24,
     "num_attention_heads": 16,
     "intermediate_size": 4096,
 }
-_DEBERTA = {  # as in microsoft/deberta-base
+_DEBERTA: dict[str, Any] = {  # as in microsoft/deberta-base
     "position_biased_input": False,
     "relative_attention": True,
     "pos_att_type": ("c2p", "p2c"),
@@ -123,6 +123,13 @@ def random_rows(vocabulary: int, size: Size, replicas: int, seed: int = 0) -> di
         "labels": rng.integers(0, CLASSES, shape[:2], dtype=np.int32),
         "row_mask": np.ones(shape[:2], bool),
     }
+
+
+def program_memory(program: jax.stages.Compiled) -> Any:
+    """Returns the compiler's sizes of a program, in bytes, such as `temp_size_in_bytes`."""
+    memory = program.memory_analysis()
+    assert memory is not None, "this backend does not report the memory of a program"
+    return memory
 
 
 class TimedStep(NamedTuple):
@@ -181,4 +188,4 @@ def make_training_step(
         state, metrics = step(state, batch, schedule)
         jax.block_until_ready((state, metrics))
 
-    return TimedStep(take, seconds, step.memory_analysis().temp_size_in_bytes)
+    return TimedStep(take, seconds, program_memory(step).temp_size_in_bytes)

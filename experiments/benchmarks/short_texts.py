@@ -113,9 +113,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     steps = time_steps(options.shape, sorted(used), options.rounds)
     print(describe_machine())
     print(f"{options.shape}, batches of {_BATCH}, {options.rows} rows, {options.epochs} epochs\n")
-    columns = ("task", "batches", "lengths added", "usual lengths, s a step")
-    more = ("shorter too, s a step", "x shorter", "compile, s", "saved in the run, s")
-    print(table_head(*columns, *more))
+    columns: tuple[str, ...] = ("task", "batches", "lengths added", "usual lengths, s a step")
+    columns += ("shorter too, s a step", "x shorter", "compile, s", "saved in the run, s")
+    print(table_head(*columns))
     for case in cases:
         print(table_row(*_cells(case, usual, steps, options.epochs)))
 

@@ -36,7 +36,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--examples", type=int, default=40_000, help="(default 40,000)")
     options = parser.parse_args(argv)
     rng, n = np.random.default_rng(0), options.examples
-    outputs = ExitOutputs(rng.normal(size=(4, n, 3)), rng.integers(0, 3, n), [1, 2, 4, 6])
+    logits, labels = rng.normal(size=(4, n, 3)), rng.integers(0, 3, n)
+    outputs = ExitOutputs(logits, labels, np.asarray([1, 2, 4, 6]))
     start = time.perf_counter()
     curve = simulate(outputs)
     exact = time.perf_counter() - start

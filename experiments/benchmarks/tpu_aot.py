@@ -81,7 +81,7 @@ def main(argv: list[str] | None = None) -> None:
                 f"--topology must begin with one of {', '.join(_PEAKS)}; got {topology!r}"
             )
     print(f"{describe_machine('libtpu')}\n")
-    columns = ("topology", "shape", "method", "dtype", "batch", "compile, core s")
+    columns: tuple[str, ...] = ("topology", "shape", "method", "dtype", "batch", "compile, core s")
     columns += ("arguments MiB", "temporaries MiB", "GFLOP", "GB accessed", "GB of main memory")
     columns += ("bound of a step, ms: arithmetic, memory", "bound of the grid, min", "collectives")
     columns += ("MB sent",)

@@ -26,7 +26,7 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding
 
 from experiments.benchmarks.shapes import LEARNING_RATE, Shape, Size
-from experiments.benchmarks.tpu_collectives import collectives
+from experiments.benchmarks.tpu_collectives import Collective, collectives
 from experiments.benchmarks.tpu_loops import repeated_flops
 from sweet_jax.config import Config
 from sweet_jax.training.checkpoint import abstract_state
@@ -179,8 +179,9 @@ def read_estimates(program: Any, seconds: float, devices: np.ndarray) -> Compile
     """
     memory, text = program.memory_analysis(), program.as_text()
     cost = program.cost_analysis() or {}  # XLA for GPUs has none
-    rows = set(map(frozenset, np.arange(devices.size).reshape(devices.shape).tolist()))
-    inside, across = [], []
+    rows = {frozenset(row.tolist()) for row in np.arange(devices.size).reshape(devices.shape)}
+    inside: list[Collective] = []
+    across: list[Collective] = []
     for each in collectives(text):
         shares_replica = all(any(group <= row for row in rows) for group in each.groups)
         (inside if shares_replica else across).append(each)

@@ -123,7 +123,8 @@ def _sources(text: str, package: str) -> dict[int, str]:
     places, frames = _table(text, "FileLocations"), _table(text, "StackFrames")
 
     def number(key: str, row: str) -> int:
-        return int((re.search(rf"{key}=(\d+)", row) or [0, "0"])[1])
+        match = re.search(rf"{key}=(\d+)", row)
+        return int(match[1]) if match else 0
 
     found: dict[int, str] = {}
     for frame, row in frames.items():

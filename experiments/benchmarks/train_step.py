@@ -24,86 +24,27 @@ examples per second, from the median step of each side. The first command takes 
 """
 
 import argparse
-import dataclasses
-import functools
 import logging
 import statistics
 import sys
 import time
-from collections.abc import Callable
 
-import torch
-import transformers
-
-from experiments.benchmarks import torch_model
-from experiments.benchmarks.shapes import (
-    CLASSES,
-    LEARNING_RATE,
-    SHAPES,
-    Shape,
-    Size,
-    make_training_step,
-    parse_size,
-)
+from experiments.benchmarks.shapes import SHAPES, Shape, Size, make_training_step, parse_size
 from experiments.benchmarks.tables import describe_machine, table_head, table_row
 from experiments.benchmarks.timing import time_in_turns
-from experiments.benchmarks.torch_model import EarlyExitInTorch
+from experiments.packages import check_torch
 from sweet_jax.arguments import ArgumentParser, run_command
 from sweet_jax.config import DTYPES
 from sweet_jax.errors import one_line
-from sweet_jax.models.deberta import DebertaConfig
 
 _SIDES = ("sweet_jax", "torch", "torch.compile")
 _METHODS = ("sweet", "early_exit")
 
 
-def make_torch_model(shape: Shape, method: str, dtype: str = "float32") -> EarlyExitInTorch:
-    """Returns the model of a shape in torch, in training mode.
-
-    dtype: of DeBERTa's parameters; BERT's are float32.
-    """
-    values = dataclasses.asdict(shape.config)
-    if isinstance(shape.config, DebertaConfig):
-        del values["embedding_size"]  # a field of this project, where 0 means the hidden size
-        values["pos_att_type"] = list(values["pos_att_type"])
-        encoder = transformers.DebertaModel(transformers.DebertaConfig(**values))
-    else:
-        config = transformers.BertConfig(**values, attn_implementation="sdpa")
-        encoder = transformers.BertModel(config, add_pooling_layer=False)
-    model = EarlyExitInTorch(encoder, shape.exits, CLASSES, method, shape.config.pooler_act)
-    if model.is_deberta:
-        model.to(getattr(torch, dtype))
-    return model.to(torch_model.device()).train()
-
-
-def make_torch_steps(shape: Shape, method: str, size: Size, dtype: str) -> list[Callable[[], None]]:
-    """Returns two functions that take one step in torch and wait for it: eager, and compiled.
-
-    Both train the same parameters: two sets would not fit into the memory beside this project's.
-    """
-    model, device = make_torch_model(shape, method, dtype), torch_model.device()
-    autocast = dtype == "bfloat16" and not model.is_deberta
-    owned = model.owned_parameters()
-    optimizer = torch_model.make_optimizer(owned, LEARNING_RATE)
-    ids = torch.randint(1, shape.config.vocab_size, (size.batch, size.length), device=device)
-    labels = torch.randint(0, CLASSES, (size.batch,), device=device)
-
-    def loss() -> torch.Tensor:
-        with torch.autocast(device, torch.bfloat16, enabled=autocast):
-            return torch_model.summed_loss(model(ids), labels)
-
-    torch.compiler.reset()  # drops what was compiled for another shape
-
-    def take(loss: Callable[[], torch.Tensor]) -> None:
-        torch_model.update(owned, optimizer, loss())
-        torch_model.synchronize()
-
-    compiled = torch.compile(loss, dynamic=False)
-    return [functools.partial(take, loss), functools.partial(take, compiled)]
-
-
 def compare(shape: Shape, method: str, size: Size, options: argparse.Namespace) -> dict[str, float]:
     """Returns the median seconds of a step of each side that this machine can run."""
+    from experiments.benchmarks.torch_step import make_torch_steps  # imports torch
+
     ours = make_training_step(shape, method, size, options.dtype)
     # Printed at once, because the command may be ended by a time limit before the row.
     print(f"sweet_jax: compiled in {ours.compile_seconds:.0f} s", file=sys.stderr, flush=True)
@@ -143,6 +84,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=3, help="timed steps per turn (default 3)")
     parser.add_argument("--no_compile", action="store_true", help="leave torch.compile out")
     options = parser.parse_args(argv)
+    check_torch()
+    import torch
+
     # Otherwise it warns at every break of DeBERTa's graph.
     logging.getLogger("torch._dynamo").setLevel(logging.ERROR)
     torch.set_float32_matmul_precision("high")  # TF32 on a GPU, as is jax's default there

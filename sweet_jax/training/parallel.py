@@ -150,7 +150,7 @@ def gather_params(config: Config, params: Params) -> Params:
     return reshard(params, jax.tree.map(lambda _: sharding, params))
 
 
-def compile_step(settings: StepSettings, replicas: int, shardings: State) -> Callable:
+def compile_step(settings: StepSettings, replicas: int, shardings: State) -> jax.stages.Wrapped:
     """Returns a compiled function (state, batch, schedule) → (state, metrics) that donates `state`.
 
     All arrays except the schedule's have the leading axis R. A single replica has no such axis
@@ -174,7 +174,7 @@ def _compiled_step(
     replicas: int,
     leaves: tuple[NamedSharding, ...],
     structure: jax.tree_util.PyTreeDef,
-) -> Callable:
+) -> jax.stages.Wrapped:
     shardings = jax.tree.unflatten(structure, leaves)
     mesh = mesh_of_shardings(shardings)
 

@@ -166,7 +166,7 @@ def compile_groups(
 
 def compile_group(
     settings: StepSettings, group: DeviceGroup, replicas: int, shardings: State
-) -> Callable:
+) -> jax.stages.Wrapped:
     """Returns a compiled function (state, batch, carried) → (state, metrics, carried) of one group.
 
     Args:
