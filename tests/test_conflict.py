@@ -23,6 +23,7 @@ from sweet_jax.training.metrics import read_metrics
 EXITS = (1, 2, 3)
 
 
+@pytest.mark.slow
 def test_it_is_the_mean_cosine_of_the_rows_of_the_gradients():
     graphdef, params = build(EXITS)
     key = jax.random.key(5)

@@ -77,7 +77,7 @@ def untrained(path) -> bool:
 @pytest.mark.parametrize(
     ("kind", "key", "pooling"),
     [
-        ("bert", None, "mean"),
+        pytest.param("bert", None, "mean", marks=pytest.mark.slow),
         # The layers of the other families are BERT's.
         ("bert", jax.random.key(5), "first"),
         *(

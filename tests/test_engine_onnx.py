@@ -103,7 +103,9 @@ def test_what_the_engine_cannot_do_is_refused(sweet):
         load_engine("jax", model, threads=2)
 
 
-@pytest.mark.parametrize("run", ["sweet", "multi_model", "mean_pooled"])
+@pytest.mark.parametrize(
+    "run", ["sweet", pytest.param("multi_model", marks=pytest.mark.slow), "mean_pooled"]
+)
 def test_trained_models_answer_as_with_jax(run, request):
     reference: Reference = request.getfixturevalue(run)
     classifier = AdaptiveClassifier.from_pretrained(

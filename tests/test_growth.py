@@ -51,6 +51,7 @@ def more(base, **changes):
     )
 
 
+@pytest.mark.slow
 def test_earlier_exits_answer_as_they_did_and_the_new_one_learns(base, tmp_path):
     before = tmp_path / "before"
     shutil.copytree(base[0], before)

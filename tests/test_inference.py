@@ -174,7 +174,7 @@ def test_every_kind_of_encoder(kind, pooling, sweet, tmp_path):
         assert export.serialize_stage(network, stage, own, 16)
 
 
-@pytest.mark.parametrize("mode", ["latency", "throughput"])
+@pytest.mark.parametrize("mode", ["latency", pytest.param("throughput", marks=pytest.mark.slow)])
 def test_exits_that_read_the_mean_of_the_tokens(mean_pooled, mode):
     confidence = exit_confidences(mean_pooled.outputs, "raw_confidence")[0, 0]
     threshold = float(np.median(confidence))
@@ -360,6 +360,7 @@ def test_pairs(sweet):
         classifier.predict(["one text"])
 
 
+@pytest.mark.slow
 def test_the_latency_of_this_machine_as_a_target(sweet, tmp_path, capsys, monkeypatch):
     folder = tmp_path / "model"
     shutil.copytree(sweet.classifier.model.folder, folder)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from exported_programs import assert_same, load_python
 from saved_models import EXITS, LONGEST, Saved, check, check_logits, middle
-from tiny import ENCODERS, TINIES
+from tiny import ENCODERS, TINIES, marked
 
 from sweet_jax import AdaptiveClassifier, export
 from sweet_jax.data.batches import encode
@@ -35,7 +35,7 @@ from sweet_jax.inference.onnx_runners import write_runners
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.mark.parametrize("kind", ENCODERS)
+@pytest.mark.parametrize("kind", marked(ENCODERS))
 def test_each_layer_is_a_few_fused_nodes(tmp_path, kind):
     saved = Saved(tmp_path, kind)
     graphs = build_graphs(open_model(saved.folder)).networks[0]

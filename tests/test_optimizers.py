@@ -190,6 +190,7 @@ def test_a_name_that_is_assigned_again_is_another_optimizer(options, monkeypatch
     assert step_settings(job.config, None, (1,), 160) == step_settings(job.config, None, (1,), 160)
 
 
+@pytest.mark.slow
 def test_a_run_of_the_version_before_goes_on(options, tmp_path):
     """Its checkpoints have the optimizer state under the name "adam"."""
     job = prepare(from_mapping(options | {"max_steps": 2, "checkpoint_every": 1, "epochs": 2}))

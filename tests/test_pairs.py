@@ -112,6 +112,7 @@ def test_python_s_program_answers_as_the_classifier(tmp_path, kind):
     assert_same(load_python(folder).Classifier(folder).predict(unusual_pairs(), 7), answers)
 
 
+@pytest.mark.slow
 def test_stablehlo_answers_as_the_classifier(tmp_path):
     saved = Saved(tmp_path, "roberta", "pair")
     threshold, folder = middle(saved.confidence()), tmp_path / "out"

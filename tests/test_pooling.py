@@ -46,7 +46,7 @@ def test_mean_of_bfloat16_is_summed_in_float32():
     assert float(found[0, 0]) == float(jnp.bfloat16((256 + 511) / 512))
 
 
-@pytest.mark.parametrize("kind", ["bert", "deberta-v2"])
+@pytest.mark.parametrize("kind", ["bert", pytest.param("deberta-v2", marks=pytest.mark.slow)])
 def test_exits_classify_the_mean_of_their_layer(kind):
     """Against the hidden states of the encoder alone, at two padded lengths."""
     key = jax.random.key(3)

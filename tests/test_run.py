@@ -82,18 +82,19 @@ def test_a_run_of_each_method(method, options, tmp_path, one_device, capsys, wit
     assert str(tmp_path / "report.html") in printed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "changes"),
     [
-        pytest.param("roberta", {"method": "early_exit"}, marks=pytest.mark.slow),
+        ("roberta", {"method": "early_exit"}),
         ("deberta", {"preset": "reference"}),
-        pytest.param("deberta-v2", {"seeds": (0, 1)}, marks=pytest.mark.slow),
-        pytest.param("distilbert", {}, marks=pytest.mark.slow),
-        pytest.param("mpnet", {"preset": "reference"}, marks=pytest.mark.slow),
-        pytest.param("electra", {}, marks=pytest.mark.slow),
-        pytest.param("xlm-roberta", {}, marks=pytest.mark.slow),
-        pytest.param("modernbert", {"learning_to_exit": "joint"}, marks=pytest.mark.slow),
-        pytest.param("albert", {"method": "early_exit"}, marks=pytest.mark.slow),
+        ("deberta-v2", {"seeds": (0, 1)}),
+        ("distilbert", {}),
+        ("mpnet", {"preset": "reference"}),
+        ("electra", {}),
+        ("xlm-roberta", {}),
+        ("modernbert", {"learning_to_exit": "joint"}),
+        ("albert", {"method": "early_exit"}),
     ],
 )
 def test_a_run_of_each_model_type(kind, changes, options, tmp_path, one_device):
