@@ -22,7 +22,7 @@ from sweet_jax.distributed import (
 from sweet_jax.exits.analysis import analyse
 from sweet_jax.exits.operating_point import calibration_halves
 from sweet_jax.head_fitting import fit_probe, refit_heads, transform_outputs
-from sweet_jax.inference.artifact import TrainedModel
+from sweet_jax.inference.artifact_writer import TrainedModel
 from sweet_jax.input_digest import check_inputs, input_digests
 from sweet_jax.learning_rate_search import search_rate
 from sweet_jax.models.early_exit import ModelOutput

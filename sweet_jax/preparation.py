@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from sweet_jax.config import AUTO, Config
@@ -18,8 +17,8 @@ from sweet_jax.data.batches import Tokens, tokenize
 from sweet_jax.data.load import Dataset, load_dataset, task_of
 from sweet_jax.data.run_rows import RunRows, draw_rows
 from sweet_jax.data.splits import Split, select_rows
-from sweet_jax.errors import UserError, one_line
-from sweet_jax.exits.policies import UnlabeledOutputs, exit_confidences, policy_rule
+from sweet_jax.errors import UserError
+from sweet_jax.exits.policies import policy_rule
 from sweet_jax.models.checkpoint_folder import load_tokenizer
 from sweet_jax.models.ownership import parameter_owners
 from sweet_jax.models.pooling import check_pooling, declared_pooling
@@ -29,8 +28,14 @@ from sweet_jax.objectives import SINGLE_LABEL, Objective
 from sweet_jax.objectives.label_checks import list_labels
 from sweet_jax.objectives.objective import TargetScaler
 from sweet_jax.objectives.single_label import balanced_weights, reweighted
-from sweet_jax.optimizers import LEARNING_RATE_SCHEDULES, OPTIMIZERS
+from sweet_jax.optimizers import OPTIMIZERS
 from sweet_jax.poolings import POOLINGS
+from sweet_jax.preparation_checks import (
+    check_checkpoint,
+    check_token_types,
+    try_policy,
+    try_schedule,
+)
 from sweet_jax.training.growth import BaseRun, read_base_run
 from sweet_jax.training.initialization import (
     ModelSpec,
@@ -114,12 +119,12 @@ def prepare(config: Config) -> PreparedRun:
     task_of(config)  # so that a misspelled name is an error before anything is downloaded
     policy_rule(config.policy)  # likewise for what the user's own module defines
     _ = OPTIMIZERS[config.optimizer]
-    _try_schedule(config.learning_rate_schedule)
+    try_schedule(config.learning_rate_schedule)
     if config.pooling not in ("", AUTO):
         _ = POOLINGS[config.pooling]
     checkpoint = _read_checkpoint(config)
     dataset = load_dataset(config)
-    _try_policy(config, dataset)
+    try_policy(config, dataset)
     config = _choose_pooling(config, checkpoint, dataset)
     check_pooling(config.pooling, checkpoint.config.hidden_size)
     digest = dataset.digest()
@@ -135,7 +140,7 @@ def prepare(config: Config) -> PreparedRun:
     used = np.unique(np.concatenate([rows.ravel() for rows in drawn]))
     kept = select_rows(dataset.train, used)
     train, scaler = tokenize(tokenizer, kept, config.max_length), None
-    _check_token_types(checkpoint, train)
+    check_token_types(checkpoint, train)
     if dataset.objective.fit_scaler is not None:
         scaler = dataset.objective.fit_scaler(dataset.train.labels)
         train = dataclasses.replace(train, labels=scaler.scale(kept.labels))
@@ -155,17 +160,6 @@ def prepare(config: Config) -> PreparedRun:
         targets=kept.labels if scaler else None,
         scaler=scaler,
     )
-
-
-def _try_policy(config: Config, dataset: Dataset) -> None:
-    """Raises UserError for an exit policy that fails on outputs of the run's shapes."""
-    if policy_rule(config.policy).curve:  # which is fitted later, on calibration rows
-        return
-    shape = (1, len(config.exits), 2, len(dataset.classes))
-    logits = np.random.default_rng(0).normal(size=shape).astype(np.float32)
-    scores = logits[..., 0] if config.learning_to_exit else None
-    layers = np.asarray(config.exits)
-    exit_confidences(UnlabeledOutputs(logits, layers, scores, dataset.objective), config.policy)
 
 
 def _tokenize_unlabeled(
@@ -227,43 +221,12 @@ def _training_objective(config: Config, dataset: Dataset, labels: np.ndarray) ->
 def _read_checkpoint(config: Config) -> Checkpoint:
     """Returns the checkpoint. Raises UserError if it is damaged, or does not fit the config."""
     checkpoint = open_checkpoint(config.checkpoint)
-    _check_against(checkpoint, config)
+    check_checkpoint(checkpoint, config)
     with_training_dropout(config, checkpoint)
     # Weights are read now, to detect a damaged file before anything is written.
     encoder = {"encoder": checkpoint.weights.first_layers(config.exits[-1])}
     parameter_owners(encoder, config.exits, owners=checkpoint.family.owners.items())
     return checkpoint
-
-
-def _check_token_types(checkpoint: Checkpoint, tokens: Tokens) -> None:
-    """Raises UserError for token types for which the checkpoint has no embedding.
-
-    A checkpoint with one type uses it for every token; one without types ignores them.
-    """
-    types, largest = checkpoint.config.type_vocab_size, int(tokens.token_type_ids.max(initial=0))
-    if 1 < types <= largest:
-        raise UserError(
-            f"the tokenizer in {str(checkpoint.folder)!r} produces token type {largest}, but the "
-            f"checkpoint has type_vocab_size={types}: use the tokenizer it was trained with"
-        )
-
-
-def _try_schedule(name: str) -> None:
-    """Raises UserError for a schedule that cannot be traced, or is not elementwise."""
-    schedule = LEARNING_RATE_SCHEDULES[name]
-    for shape in ((), (4,)):
-        try:
-            share = jax.eval_shape(schedule, jax.ShapeDtypeStruct(shape, np.float32))
-        except Exception as error:  # a function can raise anything
-            raise UserError(
-                f"learning_rate_schedule {name!r} failed: {type(error).__name__}: "
-                f"{one_line(error)}; use jax.numpy, and no branches on values"
-            ) from error
-        if getattr(share, "shape", None) != shape:
-            raise UserError(
-                f"learning_rate_schedule {name!r} must return an array of the shape {shape} of its "
-                f"argument; got {share}"
-            )
 
 
 def _choose_pooling(config: Config, checkpoint: Checkpoint, dataset: Dataset) -> Config:
@@ -283,41 +246,3 @@ def _choose_pooling(config: Config, checkpoint: Checkpoint, dataset: Dataset) ->
             "--config.pooling=mean, or two columns with --config.text_columns"
         )
     return dataclasses.replace(config, pooling=pooling)
-
-
-def _check_against(checkpoint: Checkpoint, config: Config) -> None:
-    depth, positions = config.depth or checkpoint.depth, checkpoint.config.positions
-    obstacle = checkpoint.family.isolation_obstacle
-    if obstacle and (any(config.isolation) or config.conflict_every):
-        asked = f"method={config.method} with isolation={config.isolation[-1]:g}"
-        fix = "set --config.method=early_exit"
-        if not any(config.isolation):
-            asked, fix = f"conflict_every={config.conflict_every}", "remove it"
-        raise UserError(
-            f"{asked} needs exits with layers of their own, but {config.checkpoint!r} has "
-            f"model_type={checkpoint.model_type}, whose {obstacle}: {fix}"
-        )
-    shared = [g for g, owner in checkpoint.family.owners.items() if owner == "shared"]
-    if shared and (config.segment_parallel or config.grow_from):
-        asked = "segment_parallel" if config.segment_parallel else "grow_from"
-        raise UserError(
-            f"{asked} needs exits that are trained independently, but {config.checkpoint!r} has "
-            f"model_type={checkpoint.model_type}, in which all exits train "
-            f"{' and '.join(map(repr, shared))}: remove it"
-        )
-    if depth > checkpoint.depth:
-        raise UserError(
-            f"depth={depth} is more than the {checkpoint.depth} layers of "
-            f"{config.checkpoint!r}: remove it to use all of them"
-        )
-    if config.exits[-1] != depth:
-        what = "depth" if config.depth else f"the encoder's last layer, {depth} for"
-        where = str(depth) if config.depth else f"{config.checkpoint!r}"
-        raise UserError(
-            f"exits must end with {what} {where}; got {','.join(map(str, config.exits))}"
-        )
-    if positions is not None and config.max_length > positions:
-        raise UserError(
-            f"max_length={config.max_length} is more than the {positions} positions of "
-            f"{config.checkpoint!r}: set --config.max_length={positions} or less"
-        )

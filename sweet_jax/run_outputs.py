@@ -17,7 +17,7 @@ from sweet_jax.data.batches import longer_than
 from sweet_jax.exits.analysis import Analysis
 from sweet_jax.exits.outputs import ExitOutputs, RunIdentity, layer_cost
 from sweet_jax.files import write_json
-from sweet_jax.inference.artifact import TrainedModel, describe_exits, save_model
+from sweet_jax.inference.artifact_writer import TrainedModel, describe_exits, save_model
 from sweet_jax.models.early_exit import ModelOutput
 from sweet_jax.preparation import PreparedRun
 from sweet_jax.report import console, figures, page, shortfalls

@@ -10,7 +10,8 @@ from tiny import WORDS, write_checkpoint
 from sweet_jax import AdaptiveClassifier, ExitOutputs
 from sweet_jax.data.batches import encode_pairs
 from sweet_jax.exits.operating_point import make_resolver
-from sweet_jax.inference.artifact import TrainedModel, open_model, save_model
+from sweet_jax.inference.artifact import open_model
+from sweet_jax.inference.artifact_writer import TrainedModel, save_model
 from sweet_jax.inference.engine import StageBatch, load_engine
 from sweet_jax.models.checkpoint_folder import load_tokenizer
 from sweet_jax.models.early_exit import EarlyExit

@@ -20,9 +20,9 @@ from sweet_jax.errors import UserError
 from sweet_jax.models.ownership import leaves_by_owner
 from sweet_jax.objectives import OBJECTIVES
 from sweet_jax.preparation import prepare
-from sweet_jax.training.fit import _batches
 from sweet_jax.training.gradients import segment_gradients, whole_gradients
 from sweet_jax.training.initialization import model_specs
+from sweet_jax.training.input_pipeline import training_batches
 from sweet_jax.training.losses import Distillation, TrainingLoss, distillation_loss
 from sweet_jax.training.step import init_state, train_step
 
@@ -168,7 +168,7 @@ def test_rows_without_labels_are_new_texts_and_half_of_every_batch(distilled, on
     job = prepare(from_mapping(distilled))
     assert len(job.unlabeled) == 2
     training = job.training_job(model_specs(job.config)[0], Path("unused"))
-    batches = _batches(training, SimpleNamespace(place=lambda *given: given))
+    batches = training_batches(training, SimpleNamespace(place=lambda *given: given))
     (tokens, rows, lengths), _ = batches(1)
     assert rows.shape == (2, 16)
     known = len(job.train)

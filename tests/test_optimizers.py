@@ -16,7 +16,7 @@ from sweet_jax.errors import UserError
 from sweet_jax.optimizers import LEARNING_RATE_SCHEDULES, OPTIMIZERS
 from sweet_jax.preparation import prepare
 from sweet_jax.training.checkpoint import Checkpoints, abstract_state
-from sweet_jax.training.fit import _restore_newest, fit, step_settings
+from sweet_jax.training.fit import fit
 from sweet_jax.training.initialization import initial_state, model_specs
 from sweet_jax.training.optimizer import (
     apply_gradients,
@@ -24,7 +24,9 @@ from sweet_jax.training.optimizer import (
     learning_rate_share,
     map_moments,
 )
+from sweet_jax.training.resumption import restore_newest
 from sweet_jax.training.segment_parallel import DeviceGroup, join_state, split_state
+from sweet_jax.training.settings import step_settings
 from sweet_jax.training.sharding import (
     drop_replica_axis,
     make_mesh,
@@ -207,7 +209,7 @@ def test_a_run_of_the_version_before_goes_on(options, tmp_path):
     older = {"adam" if k == "opt_state" else k: v for k, v in newest._asdict().items()}
     checkpoints = Checkpoints(folder)
     checkpoints.save(step, older)
-    restored, again = _restore_newest(checkpoints, whole)
+    restored, again = restore_newest(checkpoints, whole)
     checkpoints.close()
     assert restored == step == 2
     jax.tree.map(np.testing.assert_array_equal, again, newest)
@@ -217,7 +219,7 @@ def test_a_run_of_the_version_before_goes_on(options, tmp_path):
     )
     checkpoints = Checkpoints(folder)
     with pytest.raises(UserError, match="has the state of another optimizer: set the optimizer"):
-        _restore_newest(checkpoints, lion)
+        restore_newest(checkpoints, lion)
     checkpoints.close()
 
 

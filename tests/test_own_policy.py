@@ -16,7 +16,8 @@ from sweet_jax.config import from_mapping
 from sweet_jax.errors import UserError
 from sweet_jax.exits.analysis import analyse
 from sweet_jax.exits.policies import exit_confidences, load_policy, policy_reference
-from sweet_jax.inference.artifact import describe_exits, open_model
+from sweet_jax.inference.artifact import open_model
+from sweet_jax.inference.artifact_writer import describe_exits
 from sweet_jax.objectives.objective import softmax
 from sweet_jax.simulate import main as simulate_main
 

@@ -17,8 +17,8 @@ from flax import nnx
 from experiments.benchmarks.shapes import LEARNING_RATE, SHAPES, program_memory
 from sweet_jax.arguments import ArgumentParser, run_command
 from sweet_jax.config import Config
-from sweet_jax.training.fit import step_settings
 from sweet_jax.training.parallel import compile_step
+from sweet_jax.training.settings import step_settings
 from sweet_jax.training.sharding import make_mesh, state_shardings
 from sweet_jax.training.step import init_state
 

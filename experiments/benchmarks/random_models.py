@@ -13,7 +13,8 @@ from flax import nnx
 from experiments.benchmarks.shapes import Shape
 from sweet_jax import ExitOutputs
 from sweet_jax.exits.operating_point import make_resolver
-from sweet_jax.inference.artifact import ModelArtifact, TrainedModel, open_model, save_model
+from sweet_jax.inference.artifact import ModelArtifact, open_model
+from sweet_jax.inference.artifact_writer import TrainedModel, save_model
 from sweet_jax.models.checkpoint_folder import load_tokenizer, locate_checkpoint
 from sweet_jax.models.early_exit import EarlyExit
 from sweet_jax.models.pretrained import open_checkpoint

@@ -37,7 +37,6 @@ from experiments.benchmarks.shapes import (
 from experiments.benchmarks.tables import describe_machine, table_head, table_row
 from sweet_jax.arguments import ArgumentParser, run_command
 from sweet_jax.config import Config
-from sweet_jax.training.fit import step_settings
 from sweet_jax.training.parallel import compile_step
 from sweet_jax.training.segment_parallel import (
     compile_group,
@@ -45,7 +44,7 @@ from sweet_jax.training.segment_parallel import (
     split_state,
     transfer,
 )
-from sweet_jax.training.settings import StepSettings
+from sweet_jax.training.settings import StepSettings, step_settings
 from sweet_jax.training.sharding import batch_sharding, make_mesh, reshard, state_shardings
 from sweet_jax.training.step import State, init_state
 

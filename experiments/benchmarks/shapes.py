@@ -21,8 +21,8 @@ from sweet_jax.models.families import FAMILIES
 from sweet_jax.models.family import EncoderFamily
 from sweet_jax.models.head import ExitConfig
 from sweet_jax.models.mpnet import MPNetConfig
-from sweet_jax.training.fit import step_settings
 from sweet_jax.training.parallel import compile_step
+from sweet_jax.training.settings import step_settings
 from sweet_jax.training.sharding import (
     batch_sharding,
     drop_replica_axis,

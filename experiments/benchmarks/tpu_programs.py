@@ -31,10 +31,9 @@ from experiments.benchmarks.tpu_loops import repeated_flops
 from sweet_jax.config import Config
 from sweet_jax.training.checkpoint import abstract_state
 from sweet_jax.training.evaluation import compile_evaluation
-from sweet_jax.training.fit import step_settings
 from sweet_jax.training.parallel import compile_step
 from sweet_jax.training.segment_parallel import DeviceGroup, compile_group, split_state
-from sweet_jax.training.settings import StepSettings
+from sweet_jax.training.settings import StepSettings, step_settings
 from sweet_jax.training.sharding import (
     batch_sharding,
     make_mesh,

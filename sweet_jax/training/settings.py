@@ -11,11 +11,19 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from sweet_jax.config import Config
+from sweet_jax.methods import loss_weights
 from sweet_jax.models.ownership import Owners
 from sweet_jax.objectives.objective import Objective
 from sweet_jax.objectives.single_label import SINGLE_LABEL
-from sweet_jax.optimizers import GradientTransformation, LearningRateSchedule
+from sweet_jax.optimizers import (
+    LEARNING_RATE_SCHEDULES,
+    OPTIMIZERS,
+    GradientTransformation,
+    LearningRateSchedule,
+)
 from sweet_jax.training.losses import Distillation, TrainingLoss
+from sweet_jax.training.schedule import search_steps, training_steps
 from sweet_jax.training.transformations import ADAM, linear
 
 
@@ -123,3 +131,57 @@ def make_schedule(total: int, warmup: int) -> Schedule:
     lengths = (total - 1, warmup, total - warmup)
     reciprocals = (np.float32(1) / np.float32(max(1, length)) for length in lengths)
     return Schedule(np.int32(total), np.int32(warmup), *reciprocals)
+
+
+def step_settings(
+    config: Config,
+    graphdef: nnx.GraphDef,
+    exits: tuple[int, ...],
+    rows: int,
+    *,
+    short: bool = False,
+    frozen: int = 0,
+    owners: Owners = (),
+) -> StepSettings:
+    """Returns the constants of the training step.
+
+    Args:
+      config: resolved config.
+      graphdef: structure of the model.
+      exits: layer numbers of the exits.
+      rows: number of training rows.
+      short: see `TrainingJob`.
+      frozen, owners: see `StepSettings`.
+
+    """
+    total = training_steps(config.epochs, rows, config.batch_size)
+    if short:
+        total = search_steps(total)
+    weights = loss_weights(config.loss_weights, config.exits)
+    of_exit = dict(zip(config.exits, weights, strict=True))
+    distillation = None
+    if config.distillation_weight:
+        distillation = Distillation(config.distillation_weight, config.distillation_temperature)
+    return StepSettings(
+        graphdef=graphdef,
+        exits=exits,
+        total_steps=total,
+        warmup_steps=int(config.warmup_fraction * total),
+        weight_decay=config.weight_decay,
+        clip_norm=config.clip_norm,
+        clip_by_owner=config.clipping == "owner",
+        isolation=config.isolation,
+        isolation_schedule=config.isolation_schedule,
+        boundary_isolation=config.boundary_isolation,
+        loss_weights=tuple(of_exit[e] for e in exits),
+        last_exit_first=config.last_exit_first,
+        distillation=distillation,
+        learning_to_exit=config.learning_to_exit,
+        shared_relative=config.relative == "shared",
+        owners=owners,
+        frozen=frozen,
+        head_learning_rate=config.head_learning_rate,
+        layer_decay=config.layer_decay,
+        optimizer=OPTIMIZERS[config.optimizer],
+        learning_rate_schedule=LEARNING_RATE_SCHEDULES[config.learning_rate_schedule],
+    )
