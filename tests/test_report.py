@@ -34,7 +34,7 @@ from sweet_jax.report.details import ExitTimes, ReportDetails
 from sweet_jax.report.figures import exits_figure, write_figures
 from sweet_jax.report.model_card import model_card
 from sweet_jax.report.page import write_report
-from sweet_jax.report.page_tables import _rounded, policy_series
+from sweet_jax.report.page_tables import _rounded, certificate_table, policy_series
 from sweet_jax.report.results import TrainingRecord, build_results
 from sweet_jax.report.shortfalls import Shortfall, describe_shortfall
 from sweet_jax.report.verdict import describe_training, verdict
@@ -263,6 +263,24 @@ def test_the_page_says_what_can_be_certified(report, browser):
     assert points["stable oracle"] == 4  # three exits, and on to the full cost
     assert points["any-correct oracle (inflated by luck)"] == 4
     assert points["2 seeds, lowest to highest"] == 200
+
+
+def test_limits_with_the_same_threshold_are_one_line(analysis, tmp_path):
+    """All exits are alike: 5% and 10% of 100 rows are certified at any threshold, 1% and 2% not."""
+    alike = [
+        dataclasses.replace(rows, logits=np.repeat(rows.logits[:, -1:], 3, axis=1))
+        for rows in (analysis.calibration, analysis.validation)
+    ]
+    alike = analyse(*alike)
+    config = from_mapping({"exits": (1, 2, 4), "seeds": (0, 1)}).resolved()
+    results = build_results(config, alike, TrainingRecord(900))
+    write_report(tmp_path / "report.html", alike, results, [], {})
+    page = (tmp_path / "report.html").read_text()
+    harms = "right at the last exit, wrong earlier", "answered differently from the last exit"
+    for harm in harms:
+        lines = re.findall(rf"<tr><td>([^<]*)</td>\n<td>{harm}</td>", page)
+        assert lines == ["1%, 2%", "5%, 10%"]
+    assert [row["limits"][0] for row in certificate_table(alike, 0)] == [0.01, 0.05] * 2
 
 
 @pytest.mark.parametrize(
