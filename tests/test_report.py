@@ -464,6 +464,38 @@ def test_simulate_certifies_or_refuses(runs):
     assert "requested: 0.999" in done.stdout
 
 
+@pytest.mark.parametrize(("target", "value"), [("cost", 0.1), ("accuracy", 0.999), ("error", 0.01)])
+def test_simulate_prints_the_point_that_comes_closest(runs, tmp_path, capsys, target, value):
+    """Its numbers are those of its threshold."""
+    folder = runs[0]
+    if target == "error":
+        folder, analysis = tmp_path, numbers_that_diverged((slice(0), slice(0)))
+        for split in ("calibration", "validation"):
+            getattr(analysis, split).replica(0).save(folder / "exit_outputs" / f"{split}.npz")
+    assert simulate_command([f"--run={folder}", f"--{target}={value}"]) == 0
+    refused, point = capsys.readouterr().out.split(", at ")
+    assert refused.startswith("infeasible: the best reachable is ")
+    (threshold,) = re.findall(r"^threshold (\S+): cost ", point)
+    assert simulate_command([f"--run={folder}", f"--threshold={threshold}"]) == 0
+    assert capsys.readouterr().out.split(": ", 1)[1] == point.split(": ", 1)[1]
+    (reachable,) = re.findall(r"reachable is \S+ (\S+) on", refused)
+    assert reachable in point.split(" calibration rows")[0]
+
+
+@pytest.mark.parametrize(("target", "value"), [("risk", 0.01), ("agreement", 0.99)])
+def test_simulate_prints_the_point_of_the_best_certificate(runs, capsys, target, value):
+    """It is the one of the best target that can be certified."""
+    assert simulate_command([f"--run={runs[0]}", f"--{target}={value}"]) == 0
+    refused = capsys.readouterr().out
+    (best,) = re.findall(rf"^infeasible: the best certified is {target} (\S+) with", refused)
+    threshold, numbers = refused.split("; at ")[1].split(" calibration rows: ")
+    met = float(best) + (1e-4 if target == "risk" else -1e-4)  # it is rounded
+    assert simulate_command([f"--run={runs[0]}", f"--{target}={met}"]) == 0
+    found = capsys.readouterr().out
+    assert found.startswith(threshold)
+    assert found.endswith(f"; {numbers}")
+
+
 def test_simulate_explains_every_policy_and_target_in_a_line():
     text = ask("--help").stdout
     for name, rule in POLICIES.items():
