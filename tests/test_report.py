@@ -775,6 +775,34 @@ def test_the_verdict_on_an_error_has_the_sign_of_the_numbers_beside_it():
     assert words.endswith(" A text gets its answer after layer 1.")
 
 
+@pytest.mark.parametrize(("gain", "tfidf"), [(0.0, -0.1), (0.0, 0.2), (0.2, 0.3)])
+def test_the_verdict_says_if_the_model_is_no_better_than_a_constant(gain, tfidf):
+    """The constant is the best baseline, it is not, and the model is better than it.
+
+    gain, tfidf: share of each number that the model and the other baseline predict.
+    """
+    rng = np.random.default_rng(0)
+    labels, noise = rng.normal(size=(2, 300)).astype(np.float32)
+    about = {"objective": "regression", "metric": "neg_mean_absolute_error", "policy": "stability"}
+    logits = np.tile((gain * labels + noise / 20)[:, None], (1, 3, 1, 1))
+    identity = RunIdentity(**about, replicas=((0, 1e-4),))
+    rows = ExitOutputs(logits, labels, [1, 2, 4], identity=identity)
+    baselines = [
+        Baseline("constant", np.zeros_like(labels)[None], 0.0),
+        Baseline("tfidf_ridge", tfidf * labels[None], 0.0),
+    ]
+    analysis = analyse(rows, rows)
+    config = from_mapping({"objective": "regression", "exits": (1, 2, 4)}).resolved()
+    results = build_results(config, analysis, TrainingRecord(900, baselines=baselines))
+    told = verdict(analysis, results, 0, np.inf, ReportDetails(baselines=baselines))[1]
+    other = "Nor is the model shown to be better than the baseline same prediction for all rows"
+    if tfidf < 0:
+        assert told.startswith("Same prediction for all rows, the best baseline, has mean absolute")
+        assert "no difference that these rows can show" in told
+        assert "It needs no encoder: on texts like these it is the cheaper choice" in told
+    assert (f"{other}, which has mean absolute error 0." in told) == (gain == 0 and tfidf > 0)
+
+
 def test_equal_metrics_of_unlike_costs_are_one_point_of_the_front():
     """Sums in another order differ in the last digit: that is not worth a layer."""
     cost, score = np.asarray([[0.2, 0.4, 0.6]]), np.asarray([[0.5, 0.5 + 1e-16, 0.7]])
