@@ -62,7 +62,8 @@ def _without_encoder(job: PreparedRun) -> list[Baseline]:
     """Returns the majority class and TF-IDF, fitted on training and calibration rows together.
 
     A user would fit them on all rows, since they need no calibration. The strength of TF-IDF's
-    regularization is chosen on the tuning rows, if there are any.
+    regularization is chosen on the tuning rows, if there are any. If the run fits a decision
+    threshold for each label, so does TF-IDF.
     """
     labels, new, objective = job.labels, job.dataset.validation.texts, job.objective
     by_seed: dict[int, tuple[np.ndarray, np.ndarray]] = {}
@@ -74,7 +75,14 @@ def _without_encoder(job: PreparedRun) -> list[Baseline]:
         chosen_on = ([job.texts[i] for i in tuning], labels[tuning]) if len(tuning) else None
         by_seed[seed] = (
             constant_predictions(labels[rows], len(new), len(job.dataset.classes), objective),
-            tfidf_predictions(texts, labels[rows], new, tuning=chosen_on, objective=objective),
+            tfidf_predictions(
+                texts,
+                labels[rows],
+                new,
+                tuning=chosen_on,
+                objective=objective,
+                fit_decisions=job.fits_decisions,
+            ),
         )
     each = [by_seed[seed] for seed, _ in job.config.replicas()]
     most, words = (np.stack(predictions) for predictions in zip(*each, strict=True))

@@ -138,7 +138,7 @@ def train_and_evaluate(job: PreparedRun, workdir: Path) -> Outcome:
         if job.scaler:  # from here on, outputs are in the targets' own units
             params = transform_outputs(params, model.exits, job.scaler.std, job.scaler.mean)
         outputs = _evaluate_splits(job, graphdef, params)
-        if _fits_decisions(job):
+        if job.fits_decisions:
             params, outputs = _with_decisions(job, model.exits, params, outputs)
         found.append(outputs)
         models.append(TrainedModel(model.exits, params))
@@ -162,13 +162,6 @@ def _calibration_targets(job: PreparedRun) -> np.ndarray:
     """Returns the targets of the calibration rows, [R, K, ...] or [K, ...]."""
     held_out = job.config.calibration == "held_out"
     return job.labels[job.rows.calibration] if held_out else job.validation.labels
-
-
-def _fits_decisions(job: PreparedRun) -> bool:
-    """Returns whether a decision threshold for each label is fitted on calibration rows."""
-    metric, chosen = job.dataset.task.metric, job.config.decision_thresholds
-    wanted = chosen == "f1" or (not chosen and metric.endswith("_f1"))
-    return job.objective.decision_shifts is not None and wanted
 
 
 def _with_decisions(

@@ -84,6 +84,13 @@ class PreparedRun:
         replicas = len(self.rows.training)
         return np.tile(np.arange(len(self.validation)), (replicas, 1))
 
+    @property
+    def fits_decisions(self) -> bool:
+        """Returns whether a decision threshold for each label is fitted on held-out rows."""
+        metric, chosen = self.dataset.task.metric, self.config.decision_thresholds
+        wanted = chosen == "f1" or (not chosen and metric.endswith("_f1"))
+        return self.objective.decision_shifts is not None and wanted
+
     def select_replicas(self, config: Config, replicas: Sequence[int]) -> "PreparedRun":
         """Returns the run restricted to some replicas, which must be those of `config`."""
         rows = RunRows(*(each[list(replicas)] for each in self.rows))

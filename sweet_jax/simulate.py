@@ -9,7 +9,7 @@
   sweet-jax simulate --run=runs/a --run=runs/b --output=compare.html
 
 Thresholds are chosen on the calibration rows. Prints the cost and the metric on the calibration and
-validation rows. If no threshold meets the target, prints the best reachable value, with status 0
+validation rows. If no threshold meets the target, prints the one that comes closest, with status 0
 (predict, serve and export refuse such a target). Several --run are overlaid in one page. Exit
 status: 0 done, 2 the input is wrong, 1 anything else.
 
@@ -26,7 +26,9 @@ from sweet_jax.arguments import ArgumentParser, parse_targets, policy_help, run_
 from sweet_jax.errors import UserError
 from sweet_jax.exits.analysis import Analysis, load_analysis
 from sweet_jax.exits.operating_point import OperatingPoint
+from sweet_jax.exits.resolver import Resolution
 from sweet_jax.exits.simulation import simulate
+from sweet_jax.exits.targets import DEFAULT_LEVEL
 from sweet_jax.exits.thresholds import format_threshold
 from sweet_jax.paths import expand_user
 from sweet_jax.report.console import exit_lines
@@ -121,19 +123,55 @@ def _answers(analysis: Analysis, options: argparse.Namespace) -> list[str]:
 def _describe(
     analysis: Analysis, replica: int, point: OperatingPoint, targets: Mapping[str, float]
 ) -> str:
-    """Describes an operating point, or the best reachable value if there is none."""
+    """Describes an operating point; if there is none, the one that comes closest to the target."""
     metric = analysis.validation.identity.metric
     if point.certificate is not None:
         return _describe_certificate(analysis, replica, point, targets)
-    if point.threshold is None or point.calibration is None or point.validation is None:
+    if point.threshold is None:
         name = "cost" if "cost" in targets else metric
         asked, reachable = targets.get("cost", targets.get("accuracy", math.nan)), point.reachable
         if "error" in targets:
             name, asked, reachable = "error", targets["error"], -reachable
-        return (
+        line = (
             f"infeasible: the best reachable is {name} {reachable:.4f} on the calibration rows "
             f"(requested: {asked:g})"
         )
+        if math.isnan(reachable):
+            return line
+        closest = _closest_point(analysis, replica, point, targets)
+        return f"{line}, at {_describe_point(analysis, replica, closest)}"
+    line = _describe_point(analysis, replica, point)
+    if "error" in targets or ("accuracy" in targets and analysis.validation.metric.is_share):
+        assert point.validation is not None
+        line += _describe_gap(point, point.validation[1], targets)
+    return line
+
+
+def _closest_point(
+    analysis: Analysis, replica: int, point: OperatingPoint, targets: Mapping[str, float]
+) -> OperatingPoint:
+    """Returns the operating point of the best value that can be reached, or certified.
+
+    point: the result for a target that cannot be met, which has no threshold.
+    """
+    resolver = analysis.resolver(replica)
+    (target,) = targets.keys() - {"level"}
+    target = "accuracy" if target == "error" else target
+    table = resolver.table(analysis.policy, target, targets.get("level", DEFAULT_LEVEL))
+    at = table.choose(float(table.value[0]))
+    calibrator = resolver.calibrator if point.certificate is None else resolver.half_calibrator
+    assert at is not None
+    assert calibrator is not None, "a certificate has one"
+    best = Resolution(float(table.threshold[at]), calibrator, certificate=point.certificate)
+    return analysis.evaluate(replica, best)
+
+
+def _describe_point(analysis: Analysis, replica: int, point: OperatingPoint) -> str:
+    """Describes a threshold without a certificate: its cost and metric on both sets of rows."""
+    assert point.threshold is not None
+    assert point.calibration is not None
+    assert point.validation is not None
+    metric = analysis.validation.identity.metric
     parts = [
         f"cost {cost:.4f}, {metric} {value:.4f} on {outputs.labels.shape[1]} {name} rows"
         for name, (cost, value), outputs in (
@@ -142,10 +180,7 @@ def _describe(
         )
     ]
     shown = format_threshold(point.threshold, analysis.breakpoints(replica))
-    line = f"threshold {shown}: " + "; ".join(parts)
-    if "error" in targets or ("accuracy" in targets and analysis.validation.metric.is_share):
-        line += _describe_gap(point, point.validation[1], targets)
-    return line
+    return f"threshold {shown}: " + "; ".join(parts)
 
 
 def _describe_gap(point: OperatingPoint, found: float, targets: Mapping[str, float]) -> str:
@@ -169,7 +204,7 @@ def _describe_gap(point: OperatingPoint, found: float, targets: Mapping[str, flo
 def _describe_certificate(
     analysis: Analysis, replica: int, point: OperatingPoint, targets: Mapping[str, float]
 ) -> str:
-    """Describes what a certificate guarantees, or the best value that could be certified."""
+    """Describes what a certificate guarantees, or the best value that can be certified."""
     tested, metric = point.certificate, analysis.validation.identity.metric
     assert tested is not None
     risk = tested.kind == "risk"
@@ -177,19 +212,27 @@ def _describe_certificate(
     if risk:
         what = "right at the last exit, wrong earlier"
     seen = f"{tested.harmed} of {tested.rows} calibration rows {what}"
-    if point.validation is None:
+    feasible = point.validation is not None
+    chosen = point if feasible else _closest_point(analysis, replica, point, targets)
+    assert chosen.threshold is not None
+    assert chosen.validation is not None
+    fitted = analysis.resolver(replica).half_calibrator
+    shown = format_threshold(chosen.threshold, analysis.breakpoints(replica, fitted))
+    threshold = f"threshold {shown}, for confidences fitted on half of the calibration rows"
+    cost, value = chosen.validation
+    reached = (
+        f"cost {cost:.4f}, {metric} {value:.4f} on {analysis.validation.labels.shape[1]} "
+        "validation rows"
+    )
+    if not feasible:
         return (
             f"infeasible: the best certified is {tested.kind} {point.reachable:.4f} with "
-            f"confidence {tested.level:g} ({seen}); requested: {targets[tested.kind]:g}"
+            f"confidence {tested.level:g} ({seen}); requested: {targets[tested.kind]:g}; at "
+            f"{threshold}: {reached}"
         )
-    cost, value = point.validation
-    assert tested.threshold is not None
-    fitted = analysis.resolver(replica).half_calibrator
-    shown = format_threshold(tested.threshold, analysis.breakpoints(replica, fitted))
     return (
-        f"threshold {shown}, for confidences fitted on half of the calibration rows: at most "
-        f"{tested.bound:.4f} {what}, with confidence {tested.level:g} ({seen}); cost {cost:.4f}, "
-        f"{metric} {value:.4f} on {analysis.validation.labels.shape[1]} validation rows"
+        f"{threshold}: at most {tested.bound:.4f} {what}, with confidence {tested.level:g} "
+        f"({seen}); {reached}"
     )
 
 

@@ -8,12 +8,16 @@ import numpy as np
 import pytest
 
 from sweet_jax import ExitOutputs
+from sweet_jax.baselines import _without_encoder
 from sweet_jax.config import from_mapping
 from sweet_jax.errors import UserError
 from sweet_jax.exits.analysis import analyse
 from sweet_jax.exits.intervals import paired_difference, score_interval
 from sweet_jax.exits.metrics import compute_metric
 from sweet_jax.exits.outputs import RunIdentity
+from sweet_jax.objectives.decision_thresholds import best_f1_shifts
+from sweet_jax.objectives.multi_label import MULTI_LABEL
+from sweet_jax.preparation import prepare
 from sweet_jax.report import baselines as module
 from sweet_jax.report.baselines import (
     Baseline,
@@ -189,6 +193,72 @@ def test_tfidf_warns_of_nothing(monkeypatch):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         tfidf_predictions(texts, labels, texts)
+
+
+@pytest.mark.parametrize("tuned", [True, False])
+def test_tfidf_has_decision_thresholds_where_the_exits_have(tuned):
+    """A label's word is more often in rows without the label, so that one half finds few."""
+    rng = np.random.default_rng(0)
+    labels = rng.random((900, 2)) < 0.1
+    words = (labels | (rng.random(labels.shape) < 0.15)).tolist()
+    texts = [(f"common{i % 7}" + " first" * a + " second" * b,) for i, (a, b) in enumerate(words)]
+    options = {"objective": MULTI_LABEL, "tuning": (texts[300:600], labels[300:600])}
+    if not tuned:
+        del options["tuning"]
+    given = texts[:300], labels[:300], texts[600:]
+    half = tfidf_predictions(*given, **options)
+    found = tfidf_predictions(*given, **options, fit_decisions=True)
+    assert found.dtype == bool
+    f1 = [compute_metric(MULTI_LABEL.metrics[0], each, labels[600:], 2) for each in (half, found)]
+    assert f1[0] < 0.4
+    assert f1[1] > 0.55
+
+
+def test_a_label_of_one_fold_alone_is_not_predicted_there():
+    labels = np.zeros((20, 2), bool)
+    labels[3, 0], labels[::2, 1] = True, True
+    features = labels + np.random.default_rng(0).random((20, 2))
+
+    def fit(rows):
+        return module._fit_model(
+            MULTI_LABEL.linear.text_model(1.0, 100), features[rows], labels[rows]
+        )
+
+    logits = module._cross_validated(fit, features, labels)
+    assert np.isneginf(logits[3]).tolist() == [True, False]
+    assert np.isneginf(logits).sum() == 4  # its fold
+    assert best_f1_shifts(logits, labels)[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "fitted"),
+    [
+        ("metric", "micro_f1", True),
+        ("metric", "subset_accuracy", False),
+        ("decision_thresholds", "half", False),
+    ],
+)
+def test_a_run_fits_both_decisions_or_none(key, value, fitted, checkpoint, tmp_path, monkeypatch):
+    rows = [{"text": f"word{i}", "label": ["a", "b"][: i % 3]} for i in range(60)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    values = {"task": "own", "data_files": str(tmp_path / "rows.jsonl"), "text_columns": "text"}
+    values |= {
+        "objective": "multi_label",
+        "checkpoint": str(checkpoint),
+        "exits": (1, 3),
+        "max_length": 32,
+    }
+    job = prepare(from_mapping(values | {"train_size": 40, key: value}))
+    asked = []
+
+    def fake(texts, labels, new, **options):
+        asked.append(options["fit_decisions"])
+        return np.zeros((len(new), 2), bool)
+
+    monkeypatch.setattr("sweet_jax.baselines.tfidf_predictions", fake)
+    _without_encoder(job)
+    assert set(asked) == {fitted}
+    assert job.fits_decisions == fitted
 
 
 @pytest.mark.parametrize(

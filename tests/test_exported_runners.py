@@ -102,7 +102,7 @@ def test_the_command_of_python(onnx_model):
     for arguments, given, message in (
         ((), '["a", "b"]', "error: row 1 must be a text; got ['a', 'b']"),
         (("int8",), '"a"', "error: this export has no precision 'int8': choose from float32"),
-        ((), "junk", "error: Expecting value"),
+        ((), '"a"\n\njunk\n', "error: line 3 is not JSON: 'junk'"),
     ):
         refused = run(*arguments, given=given)
         assert refused.returncode == 2

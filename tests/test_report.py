@@ -34,7 +34,7 @@ from sweet_jax.report.details import ExitTimes, ReportDetails
 from sweet_jax.report.figures import exits_figure, write_figures
 from sweet_jax.report.model_card import model_card
 from sweet_jax.report.page import write_report
-from sweet_jax.report.page_tables import _rounded, policy_series
+from sweet_jax.report.page_tables import _rounded, certificate_table, policy_series
 from sweet_jax.report.results import TrainingRecord, build_results
 from sweet_jax.report.shortfalls import Shortfall, describe_shortfall
 from sweet_jax.report.verdict import describe_training, verdict
@@ -265,6 +265,24 @@ def test_the_page_says_what_can_be_certified(report, browser):
     assert points["2 seeds, lowest to highest"] == 200
 
 
+def test_limits_with_the_same_threshold_are_one_line(analysis, tmp_path):
+    """All exits are alike: 5% and 10% of 100 rows are certified at any threshold, 1% and 2% not."""
+    alike = [
+        dataclasses.replace(rows, logits=np.repeat(rows.logits[:, -1:], 3, axis=1))
+        for rows in (analysis.calibration, analysis.validation)
+    ]
+    alike = analyse(*alike)
+    config = from_mapping({"exits": (1, 2, 4), "seeds": (0, 1)}).resolved()
+    results = build_results(config, alike, TrainingRecord(900))
+    write_report(tmp_path / "report.html", alike, results, [], {})
+    page = (tmp_path / "report.html").read_text()
+    harms = "right at the last exit, wrong earlier", "answered differently from the last exit"
+    for harm in harms:
+        lines = re.findall(rf"<tr><td>([^<]*)</td>\n<td>{harm}</td>", page)
+        assert lines == ["1%, 2%", "5%, 10%"]
+    assert [row["limits"][0] for row in certificate_table(alike, 0)] == [0.01, 0.05] * 2
+
+
 @pytest.mark.parametrize(
     ("means", "words"),
     [
@@ -444,6 +462,38 @@ def test_simulate_certifies_or_refuses(runs):
     done = ask(f"--run={runs[0]}", "--agreement=0.999", "--level=0.9")
     assert "infeasible: the best certified is agreement 0." in done.stdout
     assert "requested: 0.999" in done.stdout
+
+
+@pytest.mark.parametrize(("target", "value"), [("cost", 0.1), ("accuracy", 0.999), ("error", 0.01)])
+def test_simulate_prints_the_point_that_comes_closest(runs, tmp_path, capsys, target, value):
+    """Its numbers are those of its threshold."""
+    folder = runs[0]
+    if target == "error":
+        folder, analysis = tmp_path, numbers_that_diverged((slice(0), slice(0)))
+        for split in ("calibration", "validation"):
+            getattr(analysis, split).replica(0).save(folder / "exit_outputs" / f"{split}.npz")
+    assert simulate_command([f"--run={folder}", f"--{target}={value}"]) == 0
+    refused, point = capsys.readouterr().out.split(", at ")
+    assert refused.startswith("infeasible: the best reachable is ")
+    (threshold,) = re.findall(r"^threshold (\S+): cost ", point)
+    assert simulate_command([f"--run={folder}", f"--threshold={threshold}"]) == 0
+    assert capsys.readouterr().out.split(": ", 1)[1] == point.split(": ", 1)[1]
+    (reachable,) = re.findall(r"reachable is \S+ (\S+) on", refused)
+    assert reachable in point.split(" calibration rows")[0]
+
+
+@pytest.mark.parametrize(("target", "value"), [("risk", 0.01), ("agreement", 0.99)])
+def test_simulate_prints_the_point_of_the_best_certificate(runs, capsys, target, value):
+    """It is the one of the best target that can be certified."""
+    assert simulate_command([f"--run={runs[0]}", f"--{target}={value}"]) == 0
+    refused = capsys.readouterr().out
+    (best,) = re.findall(rf"^infeasible: the best certified is {target} (\S+) with", refused)
+    threshold, numbers = refused.split("; at ")[1].split(" calibration rows: ")
+    met = float(best) + (1e-4 if target == "risk" else -1e-4)  # it is rounded
+    assert simulate_command([f"--run={runs[0]}", f"--{target}={met}"]) == 0
+    found = capsys.readouterr().out
+    assert found.startswith(threshold)
+    assert found.endswith(f"; {numbers}")
 
 
 def test_simulate_explains_every_policy_and_target_in_a_line():
@@ -723,6 +773,34 @@ def test_the_verdict_on_an_error_has_the_sign_of_the_numbers_beside_it():
     words = describe_training(results | {"exits": [1]}, 1)
     assert " with 1 layer, fine-tuned " in words
     assert words.endswith(" A text gets its answer after layer 1.")
+
+
+@pytest.mark.parametrize(("gain", "tfidf"), [(0.0, -0.1), (0.0, 0.2), (0.2, 0.3)])
+def test_the_verdict_says_if_the_model_is_no_better_than_a_constant(gain, tfidf):
+    """The constant is the best baseline, it is not, and the model is better than it.
+
+    gain, tfidf: share of each number that the model and the other baseline predict.
+    """
+    rng = np.random.default_rng(0)
+    labels, noise = rng.normal(size=(2, 300)).astype(np.float32)
+    about = {"objective": "regression", "metric": "neg_mean_absolute_error", "policy": "stability"}
+    logits = np.tile((gain * labels + noise / 20)[:, None], (1, 3, 1, 1))
+    identity = RunIdentity(**about, replicas=((0, 1e-4),))
+    rows = ExitOutputs(logits, labels, [1, 2, 4], identity=identity)
+    baselines = [
+        Baseline("constant", np.zeros_like(labels)[None], 0.0),
+        Baseline("tfidf_ridge", tfidf * labels[None], 0.0),
+    ]
+    analysis = analyse(rows, rows)
+    config = from_mapping({"objective": "regression", "exits": (1, 2, 4)}).resolved()
+    results = build_results(config, analysis, TrainingRecord(900, baselines=baselines))
+    told = verdict(analysis, results, 0, np.inf, ReportDetails(baselines=baselines))[1]
+    other = "Nor is the model shown to be better than the baseline same prediction for all rows"
+    if tfidf < 0:
+        assert told.startswith("Same prediction for all rows, the best baseline, has mean absolute")
+        assert "no difference that these rows can show" in told
+        assert "It needs no encoder: on texts like these it is the cheaper choice" in told
+    assert (f"{other}, which has mean absolute error 0." in told) == (gain == 0 and tfidf > 0)
 
 
 def test_equal_metrics_of_unlike_costs_are_one_point_of_the_front():

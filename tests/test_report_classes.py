@@ -222,6 +222,26 @@ def test_many_classes_are_listed_by_their_confusions():
     assert [row["f1"] for row in found["classes"]] == sorted(r["f1"] for r in found["classes"])
 
 
+def test_labels_have_no_heading_of_confusions(few, tmp_path):
+    """Each of several labels is right or wrong by itself: there is no matrix to show."""
+    about = {"objective": "multi_label", "metric": "micro_f1", "policy": "min_confidence"}
+    several = [
+        ExitOutputs(
+            rows.logits,
+            np.eye(3, dtype=bool)[rows.labels[0]],
+            rows.layers,
+            identity=dataclasses.replace(rows.identity, **about),
+        )
+        for rows in (few.calibration, few.validation)
+    ]
+    for analysis, headings in ((analyse(*several), 0), (few, 1)):
+        results = build_results(CONFIG, analysis, TrainingRecord(100))
+        write_report(tmp_path / "report.html", analysis, results, [], {})
+        page = (tmp_path / "report.html").read_text()
+        assert "<h2>Each class</h2>" in page
+        assert page.count("<h2>Confusions</h2>") == headings
+
+
 @pytest.mark.parametrize("classes", [3, 77])
 def test_the_page_escapes_texts_and_holds_none_where_not_asked(tmp_path, classes):
     analysis = analysis_of(classes)

@@ -45,9 +45,8 @@ def read_row(row, number, pair):
     try:
         "".join(parts).encode()
     except UnicodeEncodeError as error:
-        raise ValueError(
-            f"row {number} has an unpaired surrogate, which is not valid Unicode: {row!a:.80}"
-        ) from error
+        what = "has an unpaired surrogate, which is not valid Unicode"
+        raise ValueError(f"row {number} {what}: {row!a:.80}") from error
     return tuple(parts) if pair else parts[0]
 
 
@@ -58,17 +57,14 @@ class Classifier:
         self.about = json.loads((Path(folder) / "model.json").read_text(encoding="utf-8"))
         self.plan = self.about["precisions"].get(precision)
         if not self.plan:
-            raise ValueError(
-                f"this export has no precision {precision!r}: choose from "
-                f"{', '.join(self.about['precisions'])}"
-            )
+            names = ", ".join(self.about["precisions"])
+            raise ValueError(f"this export has no precision {precision!r}: choose from {names}")
         try:
             self.tokenizer = tokenizers.Tokenizer.from_file(str(Path(folder) / "tokenizer.json"))
             graphs = [f"{folder}/onnx/{name}" for name in self.plan["graphs"]]
             self.sessions = [InferenceSession(graph) for graph in graphs]
         except Exception as error:  # the libraries' exception types are not public
-            reason = " ".join(str(error).split())
-            where = repr(str(folder))
+            where, reason = repr(str(folder)), " ".join(str(error).split())
             raise ValueError(f"cannot read {where} ({reason:.300}): export it again") from error
         self.tokenizer.encode_special_tokens = self.about["split_special_tokens"]
         self.tokenizer.enable_truncation(**self.about["truncation"])
@@ -119,7 +115,12 @@ if __name__ == "__main__":
     for stream in (sys.stdin, sys.stdout):
         stream.reconfigure(encoding="utf-8")  # type: ignore[union-attr] # a TextIOWrapper here
     try:
-        rows = [json.loads(line) for line in sys.stdin if line.strip()]
+        rows = []
+        for number, line in enumerate(sys.stdin, start=1):
+            try:
+                rows += [json.loads(line)] if line.strip() else []
+            except ValueError as error:
+                raise ValueError(f"line {number} is not JSON: {line.strip()!a:.80}") from error
         for answer in Classifier(precision=[*sys.argv[1:], "float32"][0]).predict(rows):
             print(json.dumps(answer, ensure_ascii=False))
     except (ValueError, TypeError, OSError) as error:

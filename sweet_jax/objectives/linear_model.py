@@ -25,7 +25,8 @@ class LinearModel:
       constant: function of (targets, C) that returns the best prediction without features, [] or
         [C].
       text_model: function of (inverse_penalty, max_iter), scikit-learn's C and its maximum number
-        of iterations, that returns an estimator for sparse features [N, H] and targets.
+        of iterations, that returns an estimator for sparse features [N, H] and targets. If the
+        objective has `decision_shifts`, the estimator has a `decision_function`.
       baselines: names of the baselines that use `constant` and `text_model`.
 
     """

@@ -12,7 +12,7 @@ import dataclasses
 import re
 import warnings
 import zipfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,7 @@ _FEATURES = 200_000  # maximum number of features of all columns
 _WEIGHTS = 2_000_000  # maximum number of weights; L-BFGS keeps about 25 copies
 _WORK = 20_000_000_000  # products of features and classes, which bounds L-BFGS's iterations
 _AT_ONCE = 10_000  # number of rows to predict at once
+_FOLDS = 5  # folds of the cross-validation on which decision thresholds are fitted
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -108,6 +109,7 @@ def tfidf_predictions(
     tuning: tuple[Sequence[tuple[str, ...]], np.ndarray] | None = None,
     seed: int = 0,
     objective: Objective = SINGLE_LABEL,
+    fit_decisions: bool = False,
 ) -> np.ndarray:
     """Predicts the classes of texts by logistic regression on TF-IDF features, int64 [N].
 
@@ -136,6 +138,10 @@ def tfidf_predictions(
       tuning: (texts, targets) of rows on which C is chosen, neither trained on nor reported.
       seed: random seed of the draw of training rows.
       objective: objective that defines the targets.
+      fit_decisions: whether to fit the decision threshold of each label, as for the exits
+        (`Objective.decision_shifts`), to the chosen model on the tuning rows. Without tuning rows,
+        they are fitted by cross-validation on the training rows, if there are at least five, which
+        takes about four times as long as one fit.
 
     """
     use = _drawn(train_texts, seed)
@@ -149,14 +155,19 @@ def tfidf_predictions(
     features = _features(fitted, [train_texts[i] for i in use])
     iterations = int(np.clip(_WORK // (features.nnz * classes + 1), 20, 1000))
 
-    def fit(inverse_penalty: float) -> Any:
+    def fit(inverse_penalty: float, rows: np.ndarray | None = None) -> Any:
         model = objective.linear.text_model(inverse_penalty, iterations)
-        return _fit_model(model, features, labels)
+        if rows is None:
+            return _fit_model(model, features, labels)
+        return _fit_model(model, features[rows], labels[rows])
 
-    def predict(model: Any, rows: Any) -> np.ndarray:
+    def predict(model: Any, rows: Any, shifts: np.ndarray | None = None) -> np.ndarray:
+        if shifts is not None:
+            return model.decision_function(rows) > shifts
         predicted = model.predict(rows)
         return predicted.astype(bool) if labels.ndim > 1 else predicted
 
+    fit_shifts, shifts = objective.decision_shifts if fit_decisions else None, None
     if tuning is not None and len(tuning[0]):
         held = _drawn(tuning[0], seed)
         rows, truth = _features(fitted, [tuning[0][i] for i in held]), np.asarray(tuning[1])[held]
@@ -164,10 +175,34 @@ def tfidf_predictions(
         models = [fit(c) for c in _INVERSE_PENALTIES]
         # max() returns the first among ties.
         model = max(models, key=lambda m: compute_metric(metric, predict(m, rows), truth, outputs))
+        shifts = fit_shifts and fit_shifts(model.decision_function(rows), truth)
     else:
         model = fit(_USUAL_INVERSE_PENALTY)
+        if fit_shifts and len(labels) >= _FOLDS:
+            held = _cross_validated(lambda own: fit(_USUAL_INVERSE_PENALTY, own), features, labels)
+            shifts = fit_shifts(held, labels.astype(bool))
     parts = [texts[start : start + _AT_ONCE] for start in range(0, len(texts), _AT_ONCE)]
-    return np.concatenate([predict(model, _features(fitted, part)) for part in parts])
+    return np.concatenate([predict(model, _features(fitted, part), shifts) for part in parts])
+
+
+def _cross_validated(
+    fit: Callable[[np.ndarray], Any], features: Any, labels: np.ndarray
+) -> np.ndarray:
+    """Returns the logits of each row by a model that was fitted on the other folds, float [M, C].
+
+    Args:
+      fit: function of the rows to fit on that returns a model.
+      features: features of all rows, a sparse matrix [M, F].
+      labels: targets of all rows, [M, C].
+
+    """
+    folds = np.random.default_rng(0).permutation(len(labels)) % _FOLDS
+    logits = np.empty(labels.shape)
+    for fold in range(_FOLDS):
+        own, others = np.flatnonzero(folds == fold), np.flatnonzero(folds != fold)
+        known = labels[others].any(axis=0)  # a model cannot find a label that it has not seen
+        logits[own] = np.where(known, fit(others).decision_function(features[own]), -np.inf)
+    return logits
 
 
 def _fit_model(model: Any, features: Any, labels: np.ndarray) -> Any:

@@ -196,18 +196,23 @@ def _packed(values: np.ndarray) -> str:
 def certificate_table(analysis: Analysis, replica: int) -> list[dict[str, Any]]:
     """Certifies limits on each kind of harm for one replica, at 95% confidence.
 
-    Returns one dict for each kind and limit, with the certificate's fields, the threshold as text,
-    and the cost and score at this threshold on validation rows (None if the limit cannot be
-    certified). The list is empty if the run has no certificates.
+    Returns one dict for each kind and threshold, with the certificate's fields, the limits for
+    which this threshold is certified, the threshold as text, and the cost and score at it on
+    validation rows. If limits cannot be certified, these are None, and the limits are in one dict
+    too. The list is empty if the run has no certificates.
     """
     resolver = analysis.resolver(replica)
     if resolver.half_calibrator is None or not resolver.losses:
         return []
     points = analysis.breakpoints(replica, resolver.half_calibrator)
-    rows = []
+    rows: list[dict[str, Any]] = []
     for kind in CERTIFICATE_KINDS:
         for limit in _LIMITS:
             certificate = resolver.certificate(analysis.policy, kind, limit)
+            found = (kind, certificate.threshold)
+            if rows and found == (rows[-1]["kind"], rows[-1]["threshold"]):
+                rows[-1]["limits"].append(limit)
+                continue
             resolution = Resolution(
                 certificate.threshold, resolver.half_calibrator, certificate=certificate
             )
@@ -215,6 +220,6 @@ def certificate_table(analysis: Analysis, replica: int) -> list[dict[str, Any]]:
             shown = None
             if certificate.threshold is not None:
                 shown = format_threshold(certificate.threshold, points)
-            row = dataclasses.asdict(certificate) | {"text": shown, "cost": cost, "score": value}
-            rows.append(row)
+            row = dataclasses.asdict(certificate) | {"limits": [limit], "text": shown}
+            rows.append(row | {"cost": cost, "score": value})
     return rows

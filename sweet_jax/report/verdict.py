@@ -158,6 +158,9 @@ def _against_baselines(
                 text += ". Fine-tuning has not gained anything that these rows can show"
             text += f". {_decide(point[1], known[name]['cost'])}"
             text += _cheaper_baseline(rows, known, point, baselines, name)
+    constant = rows.objective.linear.baselines[0]
+    if constant in known and constant in baselines and constant != name:
+        text += _no_better(rows, point[0], baselines[constant], constant, text)
     return f"{text}."
 
 
@@ -196,6 +199,21 @@ def _cheaper_baseline(
         f". But {baseline_title(name)} {reached}, costs no more than the exits and is simpler: "
         "these rows show no difference to it either"
     )
+
+
+def _no_better(
+    rows: ExitOutputs, predicted: np.ndarray, theirs: np.ndarray, name: str, text: str
+) -> str:
+    """Describes that predictions [N, ...] are not shown to be better than a baseline's.
+
+    Returns "" if they are shown to be better, or if `text` already compares them with it.
+    """
+    arguments = rows.labels[0], rows.logits.shape[-1]
+    title = baseline_title(name)
+    if title in text or paired_difference(rows.metric, predicted, theirs, *arguments)[1] > 0:
+        return ""
+    reached = _reaches(rows.metric, compute_metric(rows.metric, theirs, *arguments))
+    return f". Nor is the model shown to be better than the baseline {title}, which {reached}"
 
 
 def _decide(cost: float, baseline: float) -> str:
