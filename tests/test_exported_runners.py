@@ -240,9 +240,9 @@ def test_node_answers_as_python(exported):
         assert_same(load_python(folder).Classifier(folder, precision).predict(rows), wanted)
     wrong = "a" if isinstance(rows[0], tuple) else ["a", "b"]
     for arguments, given, message in (
-        ((), json.dumps(wrong), "error: a row must be "),
+        ((), json.dumps(wrong), "error: row 1 must be "),
         (("int4",), json.dumps(rows[0]), "error: this export has no precision int4: choose from "),
-        ((), "junk", "error: Unexpected token"),
+        ((), f"{json.dumps(rows[0])}\n\njunk\n", 'error: line 3 is not JSON: "junk"'),
     ):
         refused = run_program("node", folder / "run.mjs", *arguments, given=given)
         assert refused.returncode == 2

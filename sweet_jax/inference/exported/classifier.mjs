@@ -51,13 +51,13 @@ export class Classifier {
   /** Returns {label, probability, exit, cost, probabilities} for each row, computed one by one. */
   async predict(rows) {
     const answers = [];
-    for (const row of rows) answers.push(await this.classify(row));
+    for (const [index, row] of rows.entries()) answers.push(await this.classify(row, index + 1));
     return answers;
   }
 
-  async classify(row) {
+  async classify(row, number = 1) {
     const { ort, about, plan } = this;
-    const tokens = this.encode(row);
+    const tokens = this.encode(row, number);
     const second = tokens.findIndex((token) => token.text === 1);
     const integers = (values, ...dims) => new ort.Tensor("int32", values, dims);
     const values = {

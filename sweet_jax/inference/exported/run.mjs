@@ -10,9 +10,17 @@ import { text } from "node:stream/consumers";
 import * as ort from "onnxruntime-node";
 import { Classifier } from "./classifier.mjs";
 
+function parse(line, number) {
+  try {
+    return JSON.parse(line);
+  } catch {
+    throw new Error(`line ${number} is not JSON: ${JSON.stringify(line.slice(0, 80))}`);
+  }
+}
+
 try {
-  const lines = (await text(process.stdin)).split("\n").filter((line) => line.trim());
-  const rows = lines.map((line) => JSON.parse(line));
+  const lines = (await text(process.stdin)).split("\n");
+  const rows = lines.flatMap((line, index) => (line.trim() ? [parse(line, index + 1)] : []));
   const classifier = await Classifier.load(ort, process.argv[2]);
   for (const answer of await classifier.predict(rows)) console.log(JSON.stringify(answer));
 } catch (error) {

@@ -10,7 +10,7 @@ const WHITESPACE = {
   invert: true,
 };
 
-/** Returns a function from a row (a text, or an array of two) to its tokens {id, type}. */
+/** Returns a function from a row (a text, or an array of two) and its number to its tokens {id, type}. */
 export function loadTokenizer(json, { template, truncation, text_columns: columns, ...about }) {
   const words = JSON.parse(json, (key, value) => (value?.type === "Whitespace" ? WHITESPACE : value));
   if (about.split_special_tokens) words.added_tokens = words.added_tokens.filter((t) => !t.special);
@@ -24,10 +24,10 @@ export function loadTokenizer(json, { template, truncation, text_columns: column
   const room = truncation.max_length - template.filter((part) => "id" in part).length;
   const left = truncation.direction === "left"; // the side that is truncated
 
-  return (row) => {
+  return (row, number) => {
     const texts = Array.isArray(row) ? row : [row];
     if (texts.length !== columns.length || texts.some((text) => !text?.isWellFormed?.()))
-      throw new Error(`a row must be ${columns.length > 1 ? "an array of two texts" : "a text"}`);
+      throw new Error(`row ${number} must be ${columns.length > 1 ? "two texts" : "a text"}`);
     const ids = texts.map((text) => tokenizer.encode(text, { add_special_tokens: false }).ids);
     const [first, second = 0] = ids.map((own) => own.length);
     const short = Math.min(first, second, room >> 1); // how many tokens the shorter text keeps
