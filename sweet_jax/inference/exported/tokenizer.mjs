@@ -10,7 +10,7 @@ const WHITESPACE = {
   invert: true,
 };
 
-/** Returns a function from a row (a text, or an array of two) and its number to its tokens {id, type}. */
+/** Returns a function from a row (one text or two) and its number to its tokens {id, type}. */
 export function loadTokenizer(json, { template, truncation, text_columns: columns, ...about }) {
   const words = JSON.parse(json, (key, value) => (value?.type === "Whitespace" ? WHITESPACE : value));
   if (about.split_special_tokens) words.added_tokens = words.added_tokens.filter((t) => !t.special);
