@@ -18,7 +18,8 @@ from sweet_jax.head_fitting import fit_probe
 from sweet_jax.learning_rate_search import search_rate
 from sweet_jax.poolings import POOLINGS
 from sweet_jax.preparation import PreparedRun
-from sweet_jax.report.baselines import Baseline, constant_predictions, tfidf_predictions
+from sweet_jax.report.baselines import Baseline
+from sweet_jax.text_baselines import constant_predictions, tfidf_predictions
 from sweet_jax.training.evaluation import compile_evaluation, evaluate
 from sweet_jax.training.fit import fit
 from sweet_jax.training.initialization import model_specs

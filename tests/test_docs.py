@@ -214,7 +214,8 @@ LEVELS = [
     {"models"},
     {"training", "inference", "report"},
     {
-        *("preparation", "preparation_checks", "run_description", "baselines", "head_fitting"),
+        *("preparation", "preparation_checks", "run_description"),
+        *("baselines", "text_baselines", "head_fitting"),
         *("learning_rate_search", "run_outputs", "recommendation", "run_report", "input_digest"),
     },
     {"pipeline", "runs", "server"},
