@@ -4,6 +4,7 @@ Shape letters: R replica, E exit, N examples, C classes, T thresholds.
 """
 
 import functools
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
@@ -58,6 +59,8 @@ def train(
     Raises UserError for invalid data, keys or workdir, or if JAX finds no device.
 
     """
+    if not isinstance(workdir, str | os.PathLike):
+        raise UserError(f"workdir must be a path; got {workdir!r}")
     folder = expand_user(str(workdir))
     made = run_config(data, folder, text=text, label=label, validation=validation, values=config)
     from sweet_jax.compilation_cache import enable_compilation_cache
@@ -231,7 +234,10 @@ class Run:
         return found
 
     def classifier(self, **options: Any) -> "AdaptiveClassifier":
-        """Loads the saved model; options are those of `AdaptiveClassifier.from_pretrained`."""
+        """Loads the saved model; options are those of `AdaptiveClassifier.from_pretrained`.
+
+        Pass a target (`cost=0.5`) rather than the threshold of an `OperatingPoint`.
+        """
         from sweet_jax.inference.classifier import AdaptiveClassifier
 
         return AdaptiveClassifier.from_pretrained(self.directory / "model", **options)

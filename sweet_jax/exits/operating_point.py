@@ -37,7 +37,10 @@ class OperatingPoint:
     """Holds the threshold chosen for a target, with its cost and metric.
 
     Attributes:
-      threshold: the threshold; None if the target cannot be met on the calibration rows.
+      threshold: the threshold; None if the target cannot be met on the calibration rows. To load a
+        classifier, pass the target itself: it raises UserError if the target cannot be met, while a
+        threshold of None means no target. With a certificate, the threshold applies only to
+        confidences with temperatures fitted on half of the calibration rows.
       reachable: best value of the target's quantity on the calibration rows; NaN if the target is
         the threshold itself.
       calibration, validation: (cost, metric) at the threshold on each set of rows; None if there is

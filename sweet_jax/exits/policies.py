@@ -84,8 +84,10 @@ def policy_rule(policy: str | PolicyFunction) -> Policy:
     """Returns the properties of a policy.
 
     A function is assumed to read no curve, and to return confidences from 0 to 1. Raises UserError
-    for an unknown name.
+    for an unknown name, and for what is neither a name nor a function.
     """
+    if not isinstance(policy, str) and not callable(policy):
+        raise UserError(f"policy must be a name or a function; got {policy!r:.80}")
     if isinstance(policy, str):
         found = load_policy(policy) if ":" in policy else POLICIES[policy]
         if isinstance(found, Policy):

@@ -59,18 +59,24 @@ def simulate(
         threshold, and the last exit takes the rest.
       calibration: outputs of the same replicas on held-out rows, on which temperatures and PCEE's
         reliability curves are fitted (PCEE's threshold is an accuracy).
-      calibrators: calibrators of the replicas [R] to use instead of fitting them; without both,
-        temperatures are 1.
+      calibrators: calibrators of the replicas [R] to use instead of fitting them. Without both,
+        temperatures are 1, and thresholds are not those of `AdaptiveClassifier`; `Run.curve` passes
+        the run's calibration rows.
       metric: one of the objective's metrics (for single-label classification "accuracy",
         "matthews", "f1", "macro_f1" or "balanced_accuracy"); default the one in outputs.identity.
       thresholds: thresholds at which to read the curve, float [T]; default every distinct one.
 
     Raises:
-      UserError: the policy is unknown, or needs calibration rows, learned scores or probabilities
-        that are not available; the calibration rows are of another model; the metric is unknown; or
-        a threshold is NaN.
+      UserError: an argument has the wrong type; the policy is unknown, or needs calibration rows,
+        learned scores or probabilities that are not available; the calibration rows are of another
+        model; the metric is unknown; or a threshold is NaN.
 
     """
+    for name, value in {"outputs": outputs, "calibration": calibration or outputs}.items():
+        if not isinstance(value, ExitOutputs):
+            raise UserError(
+                f"{name} must be an ExitOutputs; got {value!r:.80}: use ExitOutputs.load"
+            )
     chosen = outputs.objective.metric(metric or outputs.metric)
     if calibrators is None and calibration is not None:
         outputs.check_same_run(calibration)

@@ -72,7 +72,8 @@ def check_targets(values: Mapping[str, float | None], prefix: str = "") -> None:
     for name, value in values.items():
         check_choice("target", name, TARGET_RANGES)
         low, high = TARGET_RANGES[name]
-        if value is not None and not isinstance(value, numbers.Real):
+        number = isinstance(value, numbers.Real) and not isinstance(value, bool | np.bool_)
+        if value is not None and not number:
             raise UserError(f"{prefix}{name} must be a number; got {value!r}")
         if value is not None and not low <= value <= high:
             allowed = f"from {low:g} to {high:g}" if high < np.inf else f"{low:g} or more"

@@ -6,6 +6,7 @@ Shape letters: E exit, N texts, C classes.
 import functools
 import itertools
 import math
+import numbers
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -212,14 +213,16 @@ class AdaptiveClassifier:
     ) -> Predictions:
         """Returns the predictions of texts, or of pairs of texts as tuples, in their order.
 
+        A blank text is classified like any other; `sweet-jax predict` reports it as an error.
+
         Args:
           texts: any finite iterable, or a table with the model's text columns: a pandas DataFrame,
             a `datasets.Dataset` or a PyArrow table. For an endless iterable, use `stream`.
           batch_size: maximum number of texts computed at once.
           mode: "throughput" or "latency", see `stream`.
 
-        Raises UserError if `texts` is a dict or a single string, and for an item that is not a text
-        (or not a pair, if the model takes pairs).
+        Raises UserError if `texts` is a dict or a single string, for an item that is not a text (or
+        not a pair, if the model takes pairs), and for a batch_size that is not a positive integer.
 
         """
         predictions = list(self.stream(texts, batch_size, mode))
@@ -245,6 +248,7 @@ class AdaptiveClassifier:
     ) -> Iterator[Prediction | InvalidRow]:
         """Yields what `stream` does; an InvalidRow among the texts is yielded in its place."""
         check_choice("mode", mode, MODES)
+        _check_batch_size(batch_size)
         texts = rows_of(texts, self.model.text_columns)
         latency = mode == "latency"
         wait = None if latency else 16 * batch_size
@@ -286,11 +290,10 @@ class AdaptiveClassifier:
           full: whether to compute only the last exit; by default, only if the threshold is
             infinite.
 
-        Raises UserError for a batch_size below 1.
+        Raises UserError for a batch_size that is not a positive integer.
 
         """
-        if batch_size < 1:
-            raise UserError(f"batch_size must be at least 1; got {batch_size}")
+        _check_batch_size(batch_size)
         full = self.full if full is None else full
         stages = self.engine.stages(full=full, exit_rates=self._exit_rates)
         return Scheduler(self.engine, stages, batch_size, wait)
@@ -307,6 +310,13 @@ class AdaptiveClassifier:
         return encode_requests(
             self.model, texts, self.rule, first, same_length=same_length, truncation=truncation
         )
+
+
+def _check_batch_size(batch_size: int) -> None:
+    if not isinstance(batch_size, numbers.Integral) or isinstance(batch_size, bool):
+        raise UserError(f"batch_size must be an integer; got {batch_size!r}")
+    if batch_size < 1:
+        raise UserError(f"batch_size must be at least 1; got {batch_size}")
 
 
 def _given(target: Target) -> dict[str, Any]:

@@ -3,8 +3,9 @@
 Shape letters: N texts, C classes.
 """
 
+import dataclasses
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -65,14 +66,42 @@ class InvalidRow(NamedTuple):
     reason: str
 
 
-class Predictions(NamedTuple):
-    """Holds the predictions of texts, in the order of the texts."""
+@dataclasses.dataclass(frozen=True, eq=False)
+class Predictions:
+    """Holds the predictions of texts as arrays; it is also a sequence of `Prediction`, one a text.
 
-    # str [N]; for multi-label, lists of str, object [N]; for regression, float64 [N].
+    Attributes:
+      labels: names of the predicted classes, str [N], also for a model that was trained on integers
+        or booleans: compare them with `y.astype(str)`. For multi-label, lists of str, object [N];
+        for regression, float64 [N].
+      probabilities: float64 [N, C], in the order of the model's classes; [N, 0] for regression.
+      exits: layers of the exits taken, int64 [N].
+      cost: shares of the full model's layers, float64 [N].
+      probability: see `Prediction`, float64 [N]; NaN for regression.
+
+    """
+
     labels: np.ndarray
-    probabilities: np.ndarray  # float64 [N, C]; [N, 0] for regression
-    exits: np.ndarray  # int64 [N], layers of the exits taken
-    cost: np.ndarray  # float64 [N], shares of the full model's layers
+    probabilities: np.ndarray
+    exits: np.ndarray
+    cost: np.ndarray
+    probability: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.exits)
+
+    def __getitem__(self, index: int) -> Prediction:
+        probability = float(self.probability[index])
+        return Prediction(
+            self.labels[index] if self.labels.dtype == object else self.labels[index].item(),
+            self.probabilities[index],
+            int(self.exits[index]),
+            float(self.cost[index]),
+            probability if self.probabilities.shape[1] else None,
+        )
+
+    def __iter__(self) -> Iterator[Prediction]:
+        return (self[index] for index in range(len(self)))
 
 
 def make_prediction(model: ModelArtifact, request: Request) -> Prediction:
@@ -100,7 +129,7 @@ def make_exit_predictions(model: ModelArtifact, request: Request) -> list[ExitPr
 def collect_predictions(predictions: Sequence[Prediction], model: ModelArtifact) -> Predictions:
     """Collects predictions of a model into arrays."""
     columns = zip(*predictions, strict=True) if predictions else ((),) * 5
-    labels, probabilities, exits, cost, _ = columns
+    labels, probabilities, exits, cost, probability = columns
     several, outputs = model.objective.target_per_output, len(model.classes)
     if model.objective.categorical is None:
         outputs = 0
@@ -108,12 +137,14 @@ def collect_predictions(predictions: Sequence[Prediction], model: ModelArtifact)
     if several:
         label_array[:] = labels
     elif model.objective.agrees is not None:
-        label_array = label_array.astype(np.str_)
+        # The width of the longest name, so that the type does not depend on the texts.
+        label_array = label_array.astype(f"<U{max(map(len, model.classes))}")
     return Predictions(
         label_array,
         np.asarray(probabilities, np.float64).reshape(len(predictions), outputs),
         np.asarray(exits, np.int64),
         np.asarray(cost, np.float64),
+        np.asarray(probability, np.float64),  # None becomes NaN
     )
 
 
@@ -124,16 +155,20 @@ def rows_of(texts: Any, columns: Sequence[str]) -> Iterable[Any]:
       texts: a pandas DataFrame, a `datasets.Dataset`, a PyArrow table, or any iterable of texts.
       columns: names of the model's text columns.
 
-    Raises UserError for a single text, a dict, or a table without these columns.
+    Raises UserError for a single text, a dict, something else that is not iterable, or a table
+    without these columns.
 
     """
-    if isinstance(texts, str | bytes | Mapping):
-        kind = "a single text" if isinstance(texts, str | bytes) else "a dict"
-        raise UserError(f"texts must be a list of texts or a table; got {kind}")
+    if isinstance(texts, str | bytes):
+        raise UserError("texts must be a list of texts or a table; got a single text: pass [text]")
+    if isinstance(texts, Mapping):
+        raise UserError("texts must be a list of texts or a table; got a dict")
     names = getattr(texts, "column_names", None)
     if names is None and hasattr(texts, "iterrows"):
         names = list(texts.columns)
     if not isinstance(names, list):
+        if not hasattr(_values(texts), "__iter__"):
+            raise UserError(f"texts must be a list of texts or a table; got {texts!r:.80}")
         return _values(texts)
     column_texts = []
     for name in columns:
