@@ -73,7 +73,11 @@ class ArgumentParser(argparse.ArgumentParser):
 
         engines: table whose entries have `precisions`.
         """
-        self.add_argument("--model", required=True, help="model/ folder of a run, or a hub id")
+        self.add_argument(
+            "--model",
+            required=True,
+            help="model/ folder of a run, or a hub id, from a source that you trust",
+        )
         if engines is not None:
             names = list(engines)
             text = f"engine that runs the model: {' or '.join(names)}, the name of one that an "

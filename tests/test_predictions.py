@@ -1,11 +1,16 @@
 """The arrays that `AdaptiveClassifier.predict` returns, and the arguments that it refuses."""
 
+import errno
+import json
+
 import numpy as np
 import pandas as pd
 import pytest
 
-from sweet_jax import AdaptiveClassifier, ExitOutputs, Run, simulate, train
+from sweet_jax import AdaptiveClassifier, ExitOutputs, Run, predict, simulate, train
+from sweet_jax.data import tables
 from sweet_jax.errors import UserError
+from sweet_jax.inference import latency_table
 
 TEXTS = ["word0 word5", "word1 word7 word9", "word3"]
 
@@ -83,3 +88,26 @@ def test_objects_that_are_not_outputs_or_policies_are_refused(sweet):
     with pytest.raises(UserError, match="policy must be a name or a function; got 3"):
         simulate(sweet.outputs, policy=3)
     assert isinstance(sweet.outputs, ExitOutputs)
+
+
+def test_unwritable_model_is_refused_before_anything_is_measured(sweet, monkeypatch, capsys):
+    def refuse(**_):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(latency_table.tempfile, "TemporaryFile", refuse)
+    monkeypatch.setattr("sweet_jax.predict.measure_latency", None)
+    folder = sweet.classifier.model.folder
+    assert predict.main([f"--model={folder}", "--measure"]) == 2
+    expected = f"error: {str(folder)!r} is not writable (Permission denied): copy the model to"
+    assert expected in capsys.readouterr().err
+
+
+def test_text_longer_than_the_limit_is_an_error_of_its_row(sweet, tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "LONGEST_TEXT", 20)
+    source, output = tmp_path / "rows.jsonl", tmp_path / "out.jsonl"
+    source.write_text("".join(json.dumps({"text": text}) + "\n" for text in ("word0", "w" * 21)))
+    arguments = [f"--model={sweet.classifier.model.folder}", f"--input={source}"]
+    assert predict.main([*arguments, f"--output={output}"]) == 0
+    answers = [json.loads(line) for line in output.read_text().splitlines()]
+    assert "label" in answers[0]
+    assert answers[1]["error"] == "column 'text' has 21 characters; at most 20 are read"

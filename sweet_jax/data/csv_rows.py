@@ -15,11 +15,18 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from sweet_jax.data.column_names import parse_names
-from sweet_jax.data.tables import Columns, Record, Table, find_column, make_record
+from sweet_jax.data.tables import (
+    LONGEST_TEXT,
+    Columns,
+    Record,
+    Table,
+    find_column,
+    make_record,
+)
 from sweet_jax.data.text_files import TextFile
 from sweet_jax.errors import UserError
 
-_LONGEST = 1 << 24  # maximum number of characters in a row
+_LONGEST = LONGEST_TEXT  # maximum number of characters in a row
 _MOST_LINES = 10_000  # maximum number of lines in a row
 _MOST_LINES_ALONE = 100  # the same with a single column, where no separator tells lines from rows
 _HEADER_LINES = 16  # number of lines that are searched for the header

@@ -120,10 +120,16 @@ def make_record(
     return Record((*texts, *label, *kept), None, position, row, line)
 
 
+# Tokenizers read all of a text before they truncate it, and need about 70 bytes per character.
+LONGEST_TEXT = 1 << 24  # maximum number of characters
+
+
 def text_error(value: Any, column: str) -> str | None:
     """Returns what is wrong with a value that must be text in UTF-8; None if nothing is."""
     if not isinstance(value, str):
         return f"column {column!r} is not text but {value!a:.40}"
+    if len(value) > LONGEST_TEXT:
+        return f"column {column!r} has {len(value):,} characters; at most {LONGEST_TEXT:,} are read"
     try:
         value.encode()
     except UnicodeEncodeError:

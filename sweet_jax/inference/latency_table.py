@@ -4,6 +4,7 @@ Shape letters: E exit, B batch size, L length, N texts.
 """
 
 import dataclasses
+import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -84,10 +85,23 @@ def write_tables(folder: Path, tables: Sequence[LatencyTable]) -> Path:
     try:
         write_json(path, {"rows": rows})
     except OSError as error:
-        raise UserError(
-            f"{str(folder)!r} is not writable ({error.strerror}): copy the model to another folder"
-        ) from error
+        raise _not_writable(folder, error) from error
     return path
+
+
+def check_writable(folder: Path) -> None:
+    """Raises UserError unless tables can be written to a model's folder."""
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise _not_writable(folder, error) from error
+
+
+def _not_writable(folder: Path, error: OSError) -> UserError:
+    return UserError(
+        f"{str(folder)!r} is not writable ({error.strerror}): copy the model to another folder"
+    )
 
 
 def read_tables(folder: Path) -> list[LatencyTable]:

@@ -31,7 +31,7 @@ def model_card(
     environment = jinja2.Environment(
         trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, autoescape=False
     )
-    environment.filters["number"] = format_number
+    environment.filters |= {"number": format_number, "inline": _inline}
     return environment.from_string(_TEMPLATE.read_text(encoding="utf-8")).render(
         results=results,
         unchanged=keeps_encoder(results),
@@ -44,3 +44,9 @@ def model_card(
         pairs=len(text_columns) == 2,
         max_length=max_length,
     )
+
+
+def _inline(text: str) -> str:
+    """Returns a text as part of a line of Markdown, in which it is no HTML and no code."""
+    text = " ".join(text.split()).replace("`", "'")
+    return text.replace("&", "&amp;").replace("<", "&lt;")
