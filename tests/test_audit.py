@@ -441,7 +441,7 @@ def test_failed_audit_ends_without_stopping_the_server(serve_audited, sweet, cap
     assert audit.counts().waiting == 0
     assert "The audit has ended with an error" in server.call("GET", "/audit")[1].decode()
     server.stop()
-    with pytest.raises(ValueError, match="closed file"):  # when the server stopped
+    with pytest.raises(ValueError, match="closed file"):  # since the server has stopped
         audit._log.add(audit_row(0), [1, 2])
 
 

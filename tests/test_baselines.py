@@ -119,7 +119,7 @@ def test_tfidf_ignores_a_column_without_words():
     np.testing.assert_array_equal(tfidf_predictions(pairs, labels, pairs), labels)
 
 
-@pytest.mark.parametrize("rows", [10, 1000])  # from 1,000 on, words of one row are dropped first
+@pytest.mark.parametrize("rows", [10, 1000])  # of 1,000, words of one row are dropped first
 def test_tfidf_predicts_the_majority_class_without_any_word(rows):
     labels = np.where(np.arange(rows) % 5 < 3, 1, 0)
     texts = [("a ! 7",)] * rows

@@ -126,7 +126,7 @@ def test_duplicates_of_calibration_texts_are_dropped_from_training_rows():
     assert (single_split[0].tolist(), dropped) == ([1, 2, 3, 4], 0)
 
 
-def test_replicas_with_fewer_duplicates_drop_rows_of_each_class_in_proportion():
+def test_rows_dropped_for_equal_size_are_in_proportion_to_classes():
     """The rows are sorted by class, so dropping the last ones would remove a whole class."""
     classes = np.repeat([0, 1, 2], [60, 30, 10])
     texts = [("thanks" if row < 12 else f"text {row}",) for row in range(100)]
@@ -207,7 +207,7 @@ def test_training_batches_of_a_seed_do_not_depend_on_learning_rate():
         assert (picked[0] + 50 != picked[2]).any()
 
 
-def test_evaluation_visits_every_row_once_and_tells_its_position(tokens):
+def test_evaluation_batches_hold_every_row_once_with_its_position(tokens):
     rng = np.random.default_rng(0)
     rows = np.stack([rng.permutation(len(tokens))[:45] for _ in range(2)])
     labels, ids = np.full(rows.shape, -2), np.full(rows.shape, -2)

@@ -104,8 +104,8 @@ def test_share_of_gap_is_0_at_the_floor_and_1_at_the_oracle():
     assert share_of_gap(floor.cost, floor.score, floor, floor) is None
 
 
-def test_best_thresholds_reach_the_optimum_of_enumeration():
-    """The confidences of the two exits are opposite in meaning, so each needs its own threshold."""
+def test_best_thresholds_are_near_the_optimum_of_enumeration():
+    """The confidences of the two early exits are opposite, so each needs its own threshold."""
     outputs, _ = known_table(60, seed=3)
     scores = exit_confidences(outputs, "confidence")[0].round(1)
     scores[1] = 1 - scores[1]  # the second exit is confident when it is wrong
@@ -235,7 +235,7 @@ def test_certified_loss_is_zero_without_early_exits():
 
 
 def test_resolver_certificates_are_violated_no_more_than_promised():
-    """Certifies the luckiest of three equal models in each of 400 draws, with split halves."""
+    """Certifies the luckiest of three equal models in each of 400 draws, as a run does."""
     population, _ = known_table(5000, seed=19)
     logits = population.logits.copy()
     copied = np.random.default_rng(1).random(5000) < 0.85

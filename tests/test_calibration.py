@@ -31,8 +31,8 @@ def nll(logits, labels, temperature):
 def test_fitted_temperature_minimizes_the_loss(logits, labels):
     best = fit_temperature(logits, labels)
     assert TEMPERATURE_RANGE[0] <= best <= TEMPERATURE_RANGE[1]
-    for other in np.geomspace(*TEMPERATURE_RANGE, 200):
-        assert nll(logits, labels, best) <= nll(logits, labels, other) + 1e-9
+    for temperature in np.geomspace(*TEMPERATURE_RANGE, 200):
+        assert nll(logits, labels, best) <= nll(logits, labels, temperature) + 1e-9
 
 
 def test_fitted_temperature_recovers_the_true_one():

@@ -489,21 +489,19 @@ def test_distilbert_ignores_layer_norm_eps_of_config_json():
         assert config.layer_norm_eps == expected
 
 
-def test_modernbert_config_of_transformers_4_is_read(tmp_path):
+def test_modernbert_config_of_transformers_4_is_read():
     values = json.loads((GOLDEN / "modernbert_small" / "config.json").read_text())
     expected = FAMILIES["modernbert"].config.from_values(values)
     old = {k: v for k, v in values.items() if k not in ("layer_types", "rope_parameters")}
     old |= {"global_rope_theta": 160000.0, "local_rope_theta": 10000.0}
     config = FAMILIES["modernbert"].config.from_values(old | {"global_attn_every_n_layers": 3})
-    assert [config.is_global(n) for n in range(1, 5)] == [
-        expected.is_global(n) for n in range(1, 5)
-    ]
-    assert [config.is_global(n) for n in range(1, 5)] == [True, False, False, True]
+    for read in (config, expected):
+        assert [read.is_global(n) for n in range(1, 5)] == [True, False, False, True]
     assert config.global_rope_theta == expected.global_rope_theta == 160000
     assert config.local_rope_theta == expected.local_rope_theta == 10000
     for changed in (old | {"local_rope_theta": None}, {"local_rope_theta": None}):
         assert FAMILIES["modernbert"].config.from_values(changed).local_rope_theta == 160000
-    assert FAMILIES["modernbert"].config.from_values({"local_attention": 9, "sliding_window": 4})
+    FAMILIES["modernbert"].config.from_values({"local_attention": 9, "sliding_window": 4})
     shallow = type(config).at_depth(values, 2)
     assert shallow["layer_types"] == ["full_attention", "sliding_attention"]
     assert shallow["num_hidden_layers"] == 2

@@ -202,7 +202,7 @@ def test_train_command_prints_the_same_error_as_main(run_arguments, capsys):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"),
+    ("arguments", "message"),
     [
         (["trian"], "unknown command 'trian': did you mean 'train'?"),
         (["simulate", "--run=absent"], "'absent' is not a finished run"),
@@ -210,9 +210,9 @@ def test_train_command_prints_the_same_error_as_main(run_arguments, capsys):
         (["predict", "--model=absent"], "pass --input=FILE and --output=FILE, or --measure"),
     ],
 )
-def test_invalid_command_is_refused_in_one_line(arguments, words, capsys):
+def test_invalid_command_is_refused_in_one_line(arguments, message, capsys):
     assert cli.main(arguments) == 2
-    assert words in one_error(capsys.readouterr().err)
+    assert message in one_error(capsys.readouterr().err)
 
 
 def test_interrupt_during_imports_is_reported_in_one_line(capsys, monkeypatch):
@@ -233,7 +233,7 @@ def test_process_exits_with_status_2_and_one_line(run_arguments, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("argument", "words"),
+    ("argument", "message"),
     [
         ("--config.exitz=1", "unknown config key 'exitz': did you mean 'exits'?"),
         ("--confg.exits=1", "unknown argument '--confg.exits=1'"),
@@ -253,8 +253,8 @@ def test_process_exits_with_status_2_and_one_line(run_arguments, tmp_path):
         ("--config.checkpoint=absent/absent", "neither a local directory nor found on the hub"),
     ],
 )
-def test_invalid_config_value_is_refused(error_message, argument, words):
-    assert words in error_message(argument)
+def test_invalid_config_value_is_refused(error_message, argument, message):
+    assert message in error_message(argument)
 
 
 def test_platform_without_devices_is_refused(error_message, monkeypatch):
@@ -273,7 +273,7 @@ def test_unknown_task_is_refused(error_message):
 
 
 @pytest.mark.parametrize(
-    ("train", "validation", "words"),
+    ("train", "validation", "message"),
     [
         ("a,x\nb,x\n", "c,x\n", "all training rows have the label 'x'"),
         (
@@ -288,12 +288,12 @@ def test_unknown_task_is_refused(error_message):
         ("a,x\nb,y\n", "", "the validation file has no rows"),
     ],
 )
-def test_invalid_rows_are_refused(error_message, tmp_path, train, validation, words):
+def test_invalid_rows_are_refused(error_message, tmp_path, train, validation, message):
     paths = []
     for name, body in (("train.csv", train), ("validation.csv", validation)):
         paths.append(tmp_path / name)
         paths[-1].write_text(f"text,label\n{body}")
-    assert words in error_message(f"--config.data_files={paths[0]},{paths[1]}")
+    assert message in error_message(f"--config.data_files={paths[0]},{paths[1]}")
 
 
 def test_numeric_text_column_is_refused(error_message, tmp_path):
@@ -313,7 +313,7 @@ def test_error_is_printed_without_a_warning_of_repeated_rows(error_message, tmp_
 
 
 @pytest.mark.parametrize(
-    ("values", "words"),
+    ("values", "message"),
     [
         ({"model_type": "gpt2"}, "model_type 'gpt2'; supported are bert, roberta, deberta"),
         ({"hidden_size": 32}, "do not fit its config: misshapen: "),
@@ -326,9 +326,9 @@ def test_error_is_printed_without_a_warning_of_repeated_rows(error_message, tmp_
     ],
 )
 def test_unsupported_checkpoint_architecture_is_refused(
-    error_message, altered_checkpoint, values, words
+    error_message, altered_checkpoint, values, message
 ):
-    assert words in error_message(f"--config.checkpoint={altered_checkpoint(**values)}")
+    assert message in error_message(f"--config.checkpoint={altered_checkpoint(**values)}")
 
 
 @pytest.mark.parametrize(

@@ -86,8 +86,8 @@ def test_differences_are_listed_at_every_rate_not_yet_compared():
         ["0.0001", "+0.0 ± 0.0"],
         ["0.0003", "**+30.0 ± 0.0**"],
     ]
-    same = {"a": (make_record(fast, chosen=3e-4), make_record(slow, chosen=3e-4))}
-    rows = comparison_tables.differences("gap", same, comparison.exit_scores)
+    equal_rates = {"a": (make_record(fast, chosen=3e-4), make_record(slow, chosen=3e-4))}
+    rows = comparison_tables.differences("gap", equal_rates, comparison.exit_scores)
     assert [row[2] for row in rows] == ["chosen: 0.0003", "0.0001"]
 
 
