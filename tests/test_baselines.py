@@ -1,4 +1,4 @@
-"""Baselines: TF-IDF, paired intervals, which exit is below which, and what the report says."""
+"""Baselines: TF-IDF, paired intervals, exits below a baseline, and their part of the report."""
 
 import json
 import tracemalloc
@@ -30,7 +30,7 @@ from sweet_jax.report.baselines import (
 from sweet_jax.report.charts import curve_chart
 from sweet_jax.report.console import exit_table
 from sweet_jax.report.details import ReportDetails
-from sweet_jax.report.figures import curve_figure as drawn_figure
+from sweet_jax.report.figures import curve_figure
 from sweet_jax.report.page import write_report
 from sweet_jax.report.results import TrainingRecord, build_results
 from sweet_jax.report.shortfalls import (
@@ -42,38 +42,40 @@ from sweet_jax.report.shortfalls import (
 )
 from sweet_jax.report.traces import baseline_traces
 
-NASTY = "<script>document.title='broken'</script>"
+SCRIPT = "<script>document.title='broken'</script>"
 ROWS = 300
 
 
-def counts(both: int, ours: int, theirs: int, neither: int) -> tuple[np.ndarray, ...]:
-    """(ours, theirs, labels) of which so many are right in both, in one, in neither."""
-    sizes = (both, ours, theirs, neither)
+def paired(both: int, first_only: int, second_only: int, neither: int) -> tuple[np.ndarray, ...]:
+    """Returns (first, second, labels) with these numbers of rows right in both, one or neither."""
+    sizes = (both, first_only, second_only, neither)
     first, second = np.repeat([1, 1, 0, 0], sizes), np.repeat([1, 0, 1, 0], sizes)
     return first, second, np.ones(sum(sizes), int)
 
 
-def right_in(share: float, labels: np.ndarray) -> np.ndarray:
-    """Predictions, right in the first `share` of every hundred rows: nested for two shares."""
+def predict_share(share: float, labels: np.ndarray) -> np.ndarray:
+    """Returns predictions that are right in the first `share` of every hundred rows."""
     return np.where(np.arange(len(labels)) % 100 < 100 * share, labels, 1 - labels)
 
 
-def outputs(shares: tuple[float, ...], rows: int = ROWS, metric: str = "accuracy") -> ExitOutputs:
-    """Exits at layers 1, 2 and 4 that are right in these shares of the rows; two replicas."""
+def make_outputs(
+    shares: tuple[float, ...], rows: int = ROWS, metric: str = "accuracy"
+) -> ExitOutputs:
+    """Makes outputs of two replicas whose exits 1, 2 and 4 are right in these shares of rows."""
     labels = np.arange(rows) % 2
-    given = np.stack([right_in(share, labels) for share in shares])  # [E, N]
-    sure = 1 + np.random.default_rng(0).random(given.shape)
-    logits = np.where(given == 1, sure, -sure)[None, ..., None] * np.asarray([-1.0, 1.0])
+    predicted = np.stack([predict_share(share, labels) for share in shares])  # [E, N]
+    margins = 1 + np.random.default_rng(0).random(predicted.shape)
+    logits = np.where(predicted == 1, margins, -margins)[None, ..., None] * np.asarray([-1.0, 1.0])
     identity = RunIdentity(task="t", metric=metric, replicas=((0, 1e-4), (1, 1e-4)))
     return ExitOutputs(np.tile(logits, (2, 1, 1, 1)), labels, [1, 2, 4], identity=identity)
 
 
-def baseline(name: str, share: float, cost: float, rows: int = ROWS) -> Baseline:
-    return Baseline(name, right_in(share, np.arange(rows) % 2), cost)
+def make_baseline(name: str, share: float, cost: float, rows: int = ROWS) -> Baseline:
+    return Baseline(name, predict_share(share, np.arange(rows) % 2), cost)
 
 
 def sentences(rows: int, seed: int = 0) -> tuple[list[tuple[str, ...]], np.ndarray]:
-    """Texts of three words, of which the one in the middle tells the class."""
+    """Returns texts of three words, the second of which determines the class, and labels."""
     rng = np.random.default_rng(seed)
     labels = rng.integers(0, 3, rows)
     common = rng.integers(0, 5, (rows, 2))
@@ -83,93 +85,90 @@ def sentences(rows: int, seed: int = 0) -> tuple[list[tuple[str, ...]], np.ndarr
     ], labels
 
 
-def test_majority_is_the_most_frequent_class():
+def test_constant_prediction_is_the_most_frequent_class():
     assert constant_predictions(np.asarray([2, 1, 2, 0]), 3, 4).tolist() == [2, 2, 2]
     assert constant_predictions(np.asarray([1, 0]), 2, 2).tolist() == [0, 0]
 
 
-def test_tfidf_finds_the_word_that_tells_the_class():
+def test_tfidf_learns_the_word_that_determines_the_class():
     texts, labels = sentences(200)
-    new, truth = sentences(100, seed=1)
-    given = tfidf_predictions(texts, labels, new)
-    assert given.dtype == np.int64
-    np.testing.assert_array_equal(given, truth)
+    test_texts, test_labels = sentences(100, seed=1)
+    predicted = tfidf_predictions(texts, labels, test_texts)
+    assert predicted.dtype == np.int64
+    np.testing.assert_array_equal(predicted, test_labels)
     np.testing.assert_array_equal(
-        tfidf_predictions(texts, labels, new, tuning=(new[:20], truth[:20])), truth
+        tfidf_predictions(texts, labels, test_texts, tuning=(test_texts[:20], test_labels[:20])),
+        test_labels,
     )
 
 
-def test_tfidf_keeps_the_columns_of_a_pair_apart():
+def test_tfidf_distinguishes_the_columns_of_a_pair():
     rng = np.random.default_rng(0)
     labels = rng.integers(0, 2, 200)
     words = np.asarray(["the yes the", "the no the"])
-    # Joined, all texts have the same words and pairs of words: only the column tells.
+    # Joined, all texts have the same words and pairs of words: only the column differs.
     pairs = list(zip(words[labels].tolist(), words[1 - labels].tolist(), strict=True))
     np.testing.assert_array_equal(
         tfidf_predictions(pairs[:100], labels[:100], pairs[100:]), labels[100:]
     )
 
 
-def test_tfidf_leaves_out_a_column_without_words():
+def test_tfidf_ignores_a_column_without_words():
     labels = np.arange(40) % 2
     pairs = [("?", f"word{label} x") for label in labels]
     np.testing.assert_array_equal(tfidf_predictions(pairs, labels, pairs), labels)
 
 
-@pytest.mark.parametrize("rows", [10, 1000])  # the second drops words of one row, at first
-def test_tfidf_without_a_word_answers_the_constant_predictions(rows):
+@pytest.mark.parametrize("rows", [10, 1000])  # of 1,000, words of one row are dropped first
+def test_tfidf_predicts_the_majority_class_without_any_word(rows):
     labels = np.where(np.arange(rows) % 5 < 3, 1, 0)
     texts = [("a ! 7",)] * rows
     assert tfidf_predictions(texts, labels, [("a real text",), ("",)]).tolist() == [1, 1]
 
 
-def test_tfidf_of_words_that_all_stand_once_is_still_a_baseline():
+def test_tfidf_keeps_words_of_single_rows_when_none_repeats():
     labels = np.arange(1000) % 2
     texts = [(f"word{i}",) for i in range(1000)]
     np.testing.assert_array_equal(tfidf_predictions(texts, labels, texts), labels)
 
 
-def test_tfidf_of_one_class_answers_it():
+def test_tfidf_predicts_the_only_class_of_its_training_rows():
     texts = [("some words",), ("other words",)]
-    assert tfidf_predictions(
-        texts, np.asarray([2, 2]), texts, tuning=(texts, np.asarray([0, 1]))
-    ).tolist() == [
-        2,
-        2,
-    ]
+    tuning = (texts, np.asarray([0, 1]))
+    assert tfidf_predictions(texts, np.asarray([2, 2]), texts, tuning=tuning).tolist() == [2, 2]
 
 
-def test_tfidf_tunes_c_on_the_tuning_rows(monkeypatch):
+def test_tfidf_tunes_its_penalty_on_the_tuning_rows(monkeypatch):
     texts, labels = sentences(60)
-    none = (texts[:0], labels[:0])
+    no_rows = (texts[:0], labels[:0])
     np.testing.assert_array_equal(
-        tfidf_predictions(texts, labels, texts[:3], tuning=none),
+        tfidf_predictions(texts, labels, texts[:3], tuning=no_rows),
         tfidf_predictions(texts, labels, texts[:3]),
     )
     # With 95 rows of class 0 to 5 of class 1, a strong penalty answers 0 everywhere.
     texts = [("bad",)] * 95 + [("good",)] * 5
     labels = np.repeat([0, 1], [95, 5])
     monkeypatch.setattr(module, "_INVERSE_PENALTIES", (1e-4, 100.0))
-    given = tfidf_predictions(
+    predicted = tfidf_predictions(
         texts, labels, [("bad",), ("good",)], tuning=([("good",)], np.asarray([1]))
     )
-    assert given.tolist() == [0, 1]
-    given = tfidf_predictions(
+    assert predicted.tolist() == [0, 1]
+    predicted = tfidf_predictions(
         texts, labels, [("bad",), ("good",)], tuning=([("bad",)], np.asarray([0]))
     )
-    assert given.tolist() == [0, 0]  # equally good on the tuning row: the smaller C
+    assert predicted.tolist() == [0, 0]  # equally good on the tuning row: the smaller C
 
 
-def test_tfidf_is_fitted_on_a_bounded_draw(monkeypatch):
+def test_tfidf_is_fitted_on_a_bounded_sample(monkeypatch):
     monkeypatch.setattr(module, "_ROWS", 50)
     texts, labels = sentences(400)
     drawn = module._drawn(texts, 0)
     assert len(drawn) == 50
     assert (np.diff(drawn) > 0).all()
     assert not np.array_equal(drawn, module._drawn(texts, 1))
-    given = tfidf_predictions(texts, labels, texts)
-    np.testing.assert_array_equal(given, tfidf_predictions(texts, labels, texts))
-    np.testing.assert_array_equal(given, labels)
+    predicted = tfidf_predictions(texts, labels, texts)
+    np.testing.assert_array_equal(predicted, tfidf_predictions(texts, labels, texts))
+    np.testing.assert_array_equal(predicted, labels)
     monkeypatch.setattr(module, "_CHARACTERS", 200)  # texts have 24 characters
     assert len(module._drawn(texts, 0)) == 8
     monkeypatch.setattr(module, "_CHARACTERS", 1)
@@ -181,13 +180,13 @@ def test_tfidf_is_fitted_on_a_bounded_draw(monkeypatch):
     assert module._columns([("abcdef", "x")]) == [["abc"], ["x"]]
 
 
-def test_tfidf_predicts_many_rows_in_parts(monkeypatch):
+def test_tfidf_predicts_many_rows_in_batches(monkeypatch):
     monkeypatch.setattr(module, "_AT_ONCE", 7)
     texts, labels = sentences(100)
     np.testing.assert_array_equal(tfidf_predictions(texts, labels, texts), labels)
 
 
-def test_tfidf_warns_of_nothing(monkeypatch):
+def test_tfidf_emits_no_warnings_when_iterations_run_out(monkeypatch):
     monkeypatch.setattr(module, "_WORK", 0)  # 20 iterations
     texts, labels = sentences(300)
     with warnings.catch_warnings():
@@ -196,8 +195,8 @@ def test_tfidf_warns_of_nothing(monkeypatch):
 
 
 @pytest.mark.parametrize("tuned", [True, False])
-def test_tfidf_has_decision_thresholds_where_the_exits_have(tuned):
-    """A label's word is more often in rows without the label, so that one half finds few."""
+def test_tfidf_decision_thresholds_raise_f1_of_rare_labels(tuned):
+    """A label's word is mostly in rows without the label, so a threshold of 0.5 finds few."""
     rng = np.random.default_rng(0)
     labels = rng.random((900, 2)) < 0.1
     words = (labels | (rng.random(labels.shape) < 0.15)).tolist()
@@ -205,16 +204,19 @@ def test_tfidf_has_decision_thresholds_where_the_exits_have(tuned):
     options = {"objective": MULTI_LABEL, "tuning": (texts[300:600], labels[300:600])}
     if not tuned:
         del options["tuning"]
-    given = texts[:300], labels[:300], texts[600:]
-    half = tfidf_predictions(*given, **options)
-    found = tfidf_predictions(*given, **options, fit_decisions=True)
-    assert found.dtype == bool
-    f1 = [compute_metric(MULTI_LABEL.metrics[0], each, labels[600:], 2) for each in (half, found)]
+    rows = texts[:300], labels[:300], texts[600:]
+    at_half = tfidf_predictions(*rows, **options)
+    at_fitted = tfidf_predictions(*rows, **options, fit_decisions=True)
+    assert at_fitted.dtype == bool
+    f1 = [
+        compute_metric(MULTI_LABEL.metrics[0], predicted, labels[600:], 2)
+        for predicted in (at_half, at_fitted)
+    ]
     assert f1[0] < 0.4
     assert f1[1] > 0.55
 
 
-def test_a_label_of_one_fold_alone_is_not_predicted_there():
+def test_label_of_a_single_fold_is_not_predicted_in_that_fold():
     labels = np.zeros((20, 2), bool)
     labels[3, 0], labels[::2, 1] = True, True
     features = labels + np.random.default_rng(0).random((20, 2))
@@ -238,7 +240,9 @@ def test_a_label_of_one_fold_alone_is_not_predicted_there():
         ("decision_thresholds", "half", False),
     ],
 )
-def test_a_run_fits_both_decisions_or_none(key, value, fitted, checkpoint, tmp_path, monkeypatch):
+def test_run_fits_decision_thresholds_of_tfidf_as_of_its_exits(
+    key, value, fitted, checkpoint, tmp_path, monkeypatch
+):
     rows = [{"text": f"word{i}", "label": ["a", "b"][: i % 3]} for i in range(60)]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     values = {"task": "own", "data_files": str(tmp_path / "rows.jsonl"), "text_columns": "text"}
@@ -249,15 +253,15 @@ def test_a_run_fits_both_decisions_or_none(key, value, fitted, checkpoint, tmp_p
         "max_length": 32,
     }
     job = prepare(from_mapping(values | {"train_size": 40, key: value}))
-    asked = []
+    requested = []
 
-    def fake(texts, labels, new, **options):
-        asked.append(options["fit_decisions"])
-        return np.zeros((len(new), 2), bool)
+    def record_request(texts, labels, test_texts, **options):
+        requested.append(options["fit_decisions"])
+        return np.zeros((len(test_texts), 2), bool)
 
-    monkeypatch.setattr("sweet_jax.baselines.tfidf_predictions", fake)
+    monkeypatch.setattr("sweet_jax.baselines.tfidf_predictions", record_request)
     _without_encoder(job)
-    assert set(asked) == {fitted}
+    assert set(requested) == {fitted}
     assert job.fits_decisions == fitted
 
 
@@ -268,154 +272,159 @@ def test_a_run_fits_both_decisions_or_none(key, value, fitted, checkpoint, tmp_p
         ((14, 5, 0, 22), 0.011, 0.226),  # Altman et al. 2000, Statistics with confidence, table 6.2
     ],
 )
-def test_paired_interval_equals_published_ones(table, low, high):
-    gap, *interval = paired_difference("accuracy", *counts(*table), classes=2)
-    assert gap == pytest.approx((table[1] - table[2]) / sum(table))
-    places = 4 if low == 0.0569 else 3
-    assert [round(v, places) for v in interval] == [low, high]
+def test_paired_interval_equals_published_values(table, low, high):
+    difference, *interval = paired_difference("accuracy", *paired(*table), classes=2)
+    assert difference == pytest.approx((table[1] - table[2]) / sum(table))
+    digits = 4 if low == 0.0569 else 3
+    assert [round(v, digits) for v in interval] == [low, high]
 
 
-def test_paired_interval_without_correlation_is_the_sum_of_squares():
+def test_paired_interval_adds_squared_widths_without_correlation():
     # 25 of each: phi is 0, both shares 1/2, Wilson's half width of 50 in 100 is 0.0963. By hand:
     # z^2 / (1 + z^2 / n) ... = 1.96 sqrt(0.25 / 100 + 0.0096^2) / 1.0384 = 0.0962, times sqrt(2).
-    gap, low, high = paired_difference("accuracy", *counts(25, 25, 25, 25), classes=2)
-    assert gap == 0
+    difference, low, high = paired_difference("accuracy", *paired(25, 25, 25, 25), classes=2)
+    assert difference == 0
     assert (low, high) == pytest.approx((-0.1361, 0.1361), abs=1e-4)
 
 
-def test_paired_interval_holds_zero_where_it_should():
+def test_paired_interval_excludes_zero_only_if_significant():
     def interval(*table):
-        return paired_difference("accuracy", *counts(*table), classes=2)[1:]
+        return paired_difference("accuracy", *paired(*table), classes=2)[1:]
 
     assert interval(200, 30, 10, 60)[0] > 0
     assert interval(200, 10, 30, 60)[1] < 0
     low, high = interval(200, 22, 18, 60)
     assert low < 0 < high
-    for table in ((10, 0, 0, 5), (10, 0, 0, 0), (0, 0, 0, 9)):  # the same answers
+    for table in ((10, 0, 0, 5), (10, 0, 0, 0), (0, 0, 0, 9)):  # equal predictions
         low, high = interval(*table)
         assert low < 0 < high
-    # Unpaired, 240 of 300 against 215 of 300 could be chance's; row by row it is not.
+    # Unpaired, 240 against 215 of 300 is not significant; paired by row, it is.
     low, high = interval(215, 25, 0, 60)
     assert low > 0
-    ours, theirs, labels = counts(215, 25, 0, 60)
-    alone = [score_interval("accuracy", given, labels, 2) for given in (ours, theirs)]
-    assert alone[0][0] < alone[1][1]
+    first, second, labels = paired(215, 25, 0, 60)
+    unpaired = [score_interval("accuracy", predicted, labels, 2) for predicted in (first, second)]
+    assert unpaired[0][0] < unpaired[1][1]
 
 
 @pytest.mark.parametrize(
     ("metric", "draws", "least"), [("accuracy", 1000, 0.93), ("matthews", 100, 0.88)]
 )
-def test_paired_interval_covers_the_difference(metric, draws, least):
+def test_paired_interval_covers_the_true_difference(metric, draws, least):
     rng, size = np.random.default_rng(0), 250
     wrong = rng.random((draws, 2, size)) < np.asarray([0.1, 0.15])[:, None]
-    wrong |= rng.random((draws, 1, size)) < 0.1  # what both get wrong
+    wrong |= rng.random((draws, 1, size)) < 0.1  # both are wrong
     labels = rng.integers(0, 2, (draws, size))
-    # Both classes are as frequent and as often missed: Matthews is 2 accuracy - 1.
-    truth = (0.9 * 0.9 - 0.9 * 0.85) * (2 if metric == "matthews" else 1)
-    found = [
+    # Both classes are equally frequent and equally often missed: Matthews is 2 accuracy - 1.
+    true_difference = (0.9 * 0.9 - 0.9 * 0.85) * (2 if metric == "matthews" else 1)
+    intervals = [
         paired_difference(metric, np.where(w[0], 1 - y, y), np.where(w[1], 1 - y, y), y, 2)
         for w, y in zip(wrong, labels, strict=True)
     ]
-    covered = np.mean([low <= truth <= high for _, low, high in found])
+    covered = np.mean([low <= true_difference <= high for _, low, high in intervals])
     assert least <= covered <= 0.99
 
 
 @pytest.mark.parametrize("metric", ["matthews", "f1"])
-def test_bootstrap_of_differences_is_the_one_over_rows(metric):
+def test_bootstrap_of_differences_equals_resampling_of_rows(metric):
     rng = np.random.default_rng(1)
     labels = rng.integers(0, 2, 200)
-    ours, theirs = (np.where(rng.random(200) < e, 1 - labels, labels) for e in (0.15, 0.25))
-    gap, low, high = paired_difference(metric, ours, theirs, labels, 2)
-    assert gap == compute_metric(metric, ours, labels, 2) - compute_metric(
-        metric, theirs, labels, 2
+    first, second = (np.where(rng.random(200) < e, 1 - labels, labels) for e in (0.15, 0.25))
+    difference, low, high = paired_difference(metric, first, second, labels, 2)
+    assert difference == compute_metric(metric, first, labels, 2) - compute_metric(
+        metric, second, labels, 2
     )
-    picks = rng.integers(0, 200, (2000, 200))
-    plain = [
-        compute_metric(metric, ours[i], labels[i], 2)
-        - compute_metric(metric, theirs[i], labels[i], 2)
-        for i in picks
+    samples = rng.integers(0, 200, (2000, 200))
+    resampled = [
+        compute_metric(metric, first[rows], labels[rows], 2)
+        - compute_metric(metric, second[rows], labels[rows], 2)
+        for rows in samples
     ]
-    np.testing.assert_allclose([low, high], np.quantile(plain, [0.025, 0.975]), atol=0.02)
-    assert (gap, low, high) == paired_difference(metric, ours, theirs, labels, 2)
+    np.testing.assert_allclose([low, high], np.quantile(resampled, [0.025, 0.975]), atol=0.02)
+    assert (difference, low, high) == paired_difference(metric, first, second, labels, 2)
 
 
-def test_below_finds_exactly_the_exit_that_is():
-    shown = outputs((0.60, 0.80, 0.90))
-    found = find_shortfalls(
-        shown,
+def test_shortfalls_are_significant_and_against_cheaper_baselines():
+    outputs = make_outputs((0.60, 0.80, 0.90))
+    shortfalls = find_shortfalls(
+        outputs,
         0,
         [
-            baseline("majority", 0.5, 0),
-            baseline("tfidf", 0.75, 0),
-            baseline("probe_1", 0.70, 0.25),
-            baseline("probe_2", 0.81, 0.5),  # better, but not beyond doubt
-            baseline("fine_tuned", 0.99, 1.5),  # costs more than any exit
+            make_baseline("majority", 0.5, 0),
+            make_baseline("tfidf", 0.75, 0),
+            make_baseline("probe_1", 0.70, 0.25),
+            make_baseline("probe_2", 0.81, 0.5),  # better, but not significantly
+            make_baseline("fine_tuned", 0.99, 1.5),  # costs more than any exit
         ],
         "accuracy",
     )
-    assert [(f.exit, f.baseline) for f in found] == [(1, "tfidf"), (1, "probe_1")]
-    worst = found[0]
+    assert [(s.exit, s.baseline) for s in shortfalls] == [(1, "tfidf"), (1, "probe_1")]
+    worst = shortfalls[0]
     assert (worst.score, worst.baseline_score, worst.n) == (0.6, 0.75, ROWS)
     assert worst.difference == pytest.approx(-0.15)
     assert worst.interval[0] < -0.15 < worst.interval[1] < 0
 
 
-def test_below_compares_costs_with_rounding_and_the_probe_of_the_same_layer():
-    shown = outputs((0.60, 0.80, 0.90))
-    assert (
-        find_shortfalls(shown, 0, [baseline("tfidf", 0.99, 0.25 + 1e-6)], "accuracy")[0].exit == 2
-    )
-    assert (
-        find_shortfalls(shown, 0, [baseline("tfidf", 0.99, 0.25 + 1e-12)], "accuracy")[0].exit == 1
-    )
-    found = find_shortfalls(
-        shown, 0, [baseline("probe_1", 0.7, 0.9)], "accuracy"
-    )  # whatever it says it costs
-    assert [f.exit for f in found] == [1]
+def test_shortfall_costs_allow_rounding_and_probes_match_by_layer():
+    outputs = make_outputs((0.60, 0.80, 0.90))
+    for cost, first_exit in ((0.25 + 1e-6, 2), (0.25 + 1e-12, 1)):
+        shortfalls = find_shortfalls(outputs, 0, [make_baseline("tfidf", 0.99, cost)], "accuracy")
+        assert shortfalls[0].exit == first_exit
+    # The probe of the same layer is compared at any cost.
+    shortfalls = find_shortfalls(outputs, 0, [make_baseline("probe_1", 0.7, 0.9)], "accuracy")
+    assert [s.exit for s in shortfalls] == [1]
 
 
 @pytest.mark.parametrize("metric", ["matthews", "f1"])
-def test_below_reads_the_metric(metric):
-    found = find_shortfalls(outputs((0.6, 0.8, 0.9)), 0, [baseline("tfidf", 0.75, 0)], metric)
-    assert [f.exit for f in found] == [1]
-    assert found[0].interval[1] < 0
+def test_shortfalls_are_measured_by_the_given_metric(metric):
+    outputs = make_outputs((0.6, 0.8, 0.9))
+    shortfalls = find_shortfalls(outputs, 0, [make_baseline("tfidf", 0.75, 0)], metric)
+    assert [s.exit for s in shortfalls] == [1]
+    assert shortfalls[0].interval[1] < 0
 
 
-def test_below_reads_the_replica():
-    shown = outputs((0.7, 0.8, 0.9))
-    labels = shown.labels[0]
-    each = Baseline("tfidf", np.stack([right_in(0.5, labels), right_in(0.85, labels)]), 0)
-    assert find_shortfalls(shown, 0, [each], "accuracy") == []
-    assert [f.exit for f in find_shortfalls(shown, 1, [each], "accuracy")] == [1, 2]
+def test_shortfalls_are_measured_for_the_given_replica():
+    outputs = make_outputs((0.7, 0.8, 0.9))
+    labels = outputs.labels[0]
+    predictions = np.stack([predict_share(share, labels) for share in (0.5, 0.85)])
+    baseline = Baseline("tfidf", predictions, 0)
+    assert find_shortfalls(outputs, 0, [baseline], "accuracy") == []
+    assert [s.exit for s in find_shortfalls(outputs, 1, [baseline], "accuracy")] == [1, 2]
 
 
-def test_baselines_of_other_rows_are_refused():
-    shown = outputs((0.6, 0.8, 0.9))
-    for given, message in (
+def test_invalid_baselines_are_refused():
+    outputs = make_outputs((0.6, 0.8, 0.9))
+    for predictions, message in (
         (np.zeros(ROWS + 1, int), "has predictions"),
         (np.zeros((3, ROWS), int), "has predictions"),
         (np.full(ROWS, 2), "predicts class 2, but there are only 2 classes"),
     ):
         with pytest.raises(ValueError, match=message):
-            shortfall_results(shown, 0, [Baseline("tfidf", given, 0)], "accuracy")
+            shortfall_results(outputs, 0, [Baseline("tfidf", predictions, 0)], "accuracy")
     with pytest.raises(ValueError, match="two baselines 'tfidf'"):
-        shortfall_results(shown, 0, [baseline("tfidf", 0.5, 0)] * 2, "accuracy")
-    for given in (np.zeros(3), np.asarray([0, -1]), np.zeros((1, 1, 2), int), np.zeros(0, int)):
+        shortfall_results(outputs, 0, [make_baseline("tfidf", 0.5, 0)] * 2, "accuracy")
+    for predictions in (
+        np.zeros(3),
+        np.asarray([0, -1]),
+        np.zeros((1, 1, 2), int),
+        np.zeros(0, int),
+    ):
         with pytest.raises(ValueError, match="must be class indices"):
-            Baseline("tfidf", given, 0)
+            Baseline("tfidf", predictions, 0)
     with pytest.raises(ValueError, match="cost of 'tfidf' must be at least 0"):
         Baseline("tfidf", np.zeros(3, int), float("nan"))
 
 
-def test_what_is_saved_is_loaded(tmp_path):
+def test_baselines_are_loaded_as_saved_and_damaged_files_refused(tmp_path):
     path = tmp_path / "exit_outputs" / "baselines.npz"
-    each = np.random.default_rng(0).integers(0, 3, (2, 5))
-    save_baselines(path, [Baseline("majority", np.ones(5, int), 0), Baseline("probe_2", each, 0.5)])
+    predictions = np.random.default_rng(0).integers(0, 3, (2, 5))
+    save_baselines(
+        path, [Baseline("majority", np.ones(5, int), 0), Baseline("probe_2", predictions, 0.5)]
+    )
     first, second = load_baselines(path)
     assert (first.name, first.cost, second.name, second.cost) == ("majority", 0, "probe_2", 0.5)
     np.testing.assert_array_equal(first.predictions, np.ones((2, 5)))
-    np.testing.assert_array_equal(second.predictions, each)
-    np.testing.assert_array_equal(second.for_replica(1), each[1])
+    np.testing.assert_array_equal(second.predictions, predictions)
+    np.testing.assert_array_equal(second.for_replica(1), predictions[1])
     assert [p.name for p in path.parent.iterdir()] == ["baselines.npz"]
     with pytest.raises(UserError, match="there are no baselines at"):
         load_baselines(tmp_path / "none.npz")
@@ -426,16 +435,15 @@ def test_what_is_saved_is_loaded(tmp_path):
     np.savez(path, names=np.asarray(["tfidf"]))
     with pytest.raises(UserError, match="does not hold baselines"):
         load_baselines(path)
-    np.savez(path, names=np.asarray([print]), cost=[0], predictions=[[[0]]])  # a pickle
+    np.savez(path, names=np.asarray([print]), cost=[0], predictions=[[[0]]])  # pickled
     with pytest.raises(UserError, match="does not hold baselines"):
         load_baselines(path)
 
 
-def test_a_finding_is_one_line():
-    finding = find_shortfalls(
-        outputs((0.6, 0.8, 0.9)), 0, [baseline("tfidf", 0.75, 0)], "accuracy"
-    )[0]
-    line = describe_shortfall(finding, RECORD)
+def test_shortfall_is_described_in_one_line():
+    outputs = make_outputs((0.6, 0.8, 0.9))
+    shortfall = find_shortfalls(outputs, 0, [make_baseline("tfidf", 0.75, 0)], "accuracy")[0]
+    line = describe_shortfall(shortfall, RECORD)
     assert line.startswith(
         "exit 1 alone (accuracy 0.600) is below the baseline TF-IDF + logistic regression (0.750) "
         "on the same 300 rows: difference -0.150, 95% interval -0.19"
@@ -451,7 +459,7 @@ SEARCHED = {"best_steps": {"exits_1_2_4": [39]}, "rate_search": {"steps": 40}}
 
 
 @pytest.mark.parametrize(
-    ("given", "name", "advice"),
+    ("recipe", "name", "advice"),
     [
         ({}, "tfidf", "train longer (epochs=auto), search the learning rate, use head_init=probe "),
         (FITTED, "tfidf", "word counts may be enough for this task"),
@@ -469,45 +477,45 @@ SEARCHED = {"best_steps": {"exits_1_2_4": [39]}, "rate_search": {"steps": 40}}
         ),
     ],
 )
-def test_a_run_is_advised_what_it_has_not(given, name, advice):
-    finding = Shortfall(1, 0.6, name, 0.75, -0.15, (-0.2, -0.1), 300)
-    assert f"; {advice}" in describe_shortfall(finding, RECORD | given)
+def test_advice_depends_on_the_training_recipe(recipe, name, advice):
+    shortfall = Shortfall(1, 0.6, name, 0.75, -0.15, (-0.2, -0.1), 300)
+    assert f"; {advice}" in describe_shortfall(shortfall, RECORD | recipe)
 
 
 @pytest.fixture(scope="module")
 def analysis():
-    return analyse(outputs((0.6, 0.7, 0.9), rows=200), outputs((0.6, 0.7, 0.9)))
+    return analyse(make_outputs((0.6, 0.7, 0.9), rows=200), make_outputs((0.6, 0.7, 0.9)))
 
 
 CONFIG = from_mapping({"task": "t", "exits": (1, 2, 4), "seeds": (0, 1)}).resolved()
 BASELINES = [
-    baseline("majority", 0.5, 0),
-    baseline("tfidf", 0.8, 0),
-    baseline("probe_1", 0.55, 0.25),
-    baseline("probe_2", 0.65, 0.5),
-    baseline("fine_tuned", 0.9, 1),
-    baseline(NASTY, 0.9, 0),
+    make_baseline("majority", 0.5, 0),
+    make_baseline("tfidf", 0.8, 0),
+    make_baseline("probe_1", 0.55, 0.25),
+    make_baseline("probe_2", 0.65, 0.5),
+    make_baseline("fine_tuned", 0.9, 1),
+    make_baseline(SCRIPT, 0.9, 0),
 ]
 
 
-def test_results_hold_the_baselines(analysis):
+def test_results_contain_baselines_and_shortfalls(analysis):
     results = build_results(CONFIG, analysis, TrainingRecord(900, baselines=BASELINES))
     results = json.loads(json.dumps(results, allow_nan=False))
     assert results["baselines"].keys() == {b.name for b in BASELINES}
     row = results["baselines"]["tfidf"]
     assert (row["score"], row["cost"], row["n"]) == (0.8, 0, ROWS)
-    assert row["interval"] == list(score_interval("accuracy", *counts(240, 0, 0, 60)[::2], 2))
+    assert row["interval"] == list(score_interval("accuracy", *paired(240, 0, 0, 60)[::2], 2))
     keys = {"exit", "score", "baseline", "baseline_score", "difference", "interval", "n"}
-    assert all(found.keys() == keys for found in results["below_baseline"])
-    pairs = [(found["exit"], found["baseline"]) for found in results["below_baseline"]]
-    assert pairs == [(1, NASTY), (1, "tfidf"), (2, NASTY), (2, "tfidf")]
-    none = build_results(CONFIG, analysis, TrainingRecord(900))
-    assert (none["baselines"], none["below_baseline"]) == ({}, [])
-    assert shortfall_warning(none) is None
-    assert "baseline" not in exit_table(none)
+    assert all(shortfall.keys() == keys for shortfall in results["below_baseline"])
+    pairs = [(shortfall["exit"], shortfall["baseline"]) for shortfall in results["below_baseline"]]
+    assert pairs == [(1, SCRIPT), (1, "tfidf"), (2, SCRIPT), (2, "tfidf")]
+    without = build_results(CONFIG, analysis, TrainingRecord(900))
+    assert (without["baselines"], without["below_baseline"]) == ({}, [])
+    assert shortfall_warning(without) is None
+    assert "baseline" not in exit_table(without)
 
 
-def test_the_terminal_names_the_worst_and_counts_the_others(analysis):
+def test_warning_names_the_worst_shortfall_and_counts_the_others(analysis):
     results = build_results(CONFIG, analysis, TrainingRecord(900, baselines=BASELINES[:5]))
     assert shortfall_warning(results).startswith(
         "exit 1 alone (accuracy 0.600) is below the baseline TF-IDF"
@@ -523,22 +531,22 @@ def test_the_terminal_names_the_worst_and_counts_the_others(analysis):
     assert "0.000    0.8000  [0.7511, 0.8413]   300" in table[2]
 
 
-def test_the_figures_draw_the_baselines_from_cost_0_on(analysis):
+def test_figures_draw_baselines_from_cost_0(analysis):
     results = build_results(CONFIG, analysis, TrainingRecord(900, baselines=BASELINES))
     chart = curve_chart(results, None, None)
-    drawn = {trace["name"]: trace for trace in chart["traces"]}
-    assert drawn["frozen encoder + probe"]["x"] == [0.25, 0.5]
-    assert drawn["TF-IDF + logistic regression"]["x"] == [0]
+    traces = {trace["name"]: trace for trace in chart["traces"]}
+    assert traces["frozen encoder + probe"]["x"] == [0.25, 0.5]
+    assert traces["TF-IDF + logistic regression"]["x"] == [0]
     assert chart["zero"]
-    (axes,) = drawn_figure(analysis, results).axes
+    (axes,) = curve_figure(analysis, results).axes
     assert axes.get_xlim()[0] == 0
     legend = [text.get_text() for text in axes.get_legend().get_texts()]
     assert legend.count("frozen encoder + probe") == 1
     assert "majority class" in legend
 
 
-def test_the_page_has_the_table_and_a_line_for_each_exit(analysis, tmp_path):
-    """Red where the recommended operating point is below that baseline too."""
+def test_report_page_lists_baselines_and_shortfalls(analysis, tmp_path):
+    """A line is a warning only if the recommended operating point is below the baseline too."""
     results = build_results(CONFIG, analysis, TrainingRecord(900, baselines=BASELINES))
 
     def body(target: dict[str, float]) -> str:
@@ -547,22 +555,22 @@ def test_the_page_has_the_table_and_a_line_for_each_exit(analysis, tmp_path):
         page = (tmp_path / "report.html").read_text()
         return page[page.index("<body>") : page.index('<script id="data"')]
 
-    shown = "&lt;script&gt;document.title=&#39;broken&#39;&lt;/script&gt;"
-    start = f"exit 1 alone (accuracy 0.600) is below the baseline {shown}"
-    red = body({"cost": 0.25}).split('<p class="warning">')[1:]
-    assert len(red) == 2
-    assert red[0].startswith(start)
-    assert "100% of the texts leave there at the recommended threshold" in red[0]
+    escaped = "&lt;script&gt;document.title=&#39;broken&#39;&lt;/script&gt;"
+    start = f"exit 1 alone (accuracy 0.600) is below the baseline {escaped}"
+    warning_lines = body({"cost": 0.25}).split('<p class="warning">')[1:]
+    assert len(warning_lines) == 2
+    assert warning_lines[0].startswith(start)
+    assert "100% of the texts leave there at the recommended threshold" in warning_lines[0]
     page = body({"threshold": 2.0})  # all texts reach the last exit, whose accuracy is 0.9
     assert '<p class="warning">' not in page
     assert "2 exits alone are below a baseline; the recommended operating point is not" in page
-    grey = page.split(start)[1]
-    assert "0% of the texts leave there at the recommended threshold" in grey
+    note = page.split(start)[1]
+    assert "0% of the texts leave there at the recommended threshold" in note
     assert '<td class="name">frozen encoder + probe at layer 2</td><td>0.500</td>' in page
-    assert NASTY not in (tmp_path / "report.html").read_text()
+    assert SCRIPT not in (tmp_path / "report.html").read_text()
 
 
-def test_results_of_before_there_were_baselines_still_make_a_page(analysis, tmp_path):
+def test_report_page_is_written_for_results_without_baselines(analysis, tmp_path):
     results = build_results(CONFIG, analysis, TrainingRecord(900))
     del results["baselines"], results["below_baseline"]
     write_report(tmp_path / "report.html", analysis, results, [], {})
@@ -571,21 +579,21 @@ def test_results_of_before_there_were_baselines_still_make_a_page(analysis, tmp_
     assert not curve_chart(results, None, None)["zero"]
 
 
-def test_a_large_paired_bootstrap_is_small():
+def test_paired_bootstrap_memory_is_bounded():
     rng = np.random.default_rng(0)
     labels = rng.integers(0, 2, 200_000)
-    ours, theirs = (np.where(rng.random(200_000) < 0.2, 1 - labels, labels) for _ in range(2))
+    first, second = (np.where(rng.random(200_000) < 0.2, 1 - labels, labels) for _ in range(2))
     tracemalloc.start()
-    paired_difference("matthews", ours, theirs, labels, 2)
-    _, most = tracemalloc.get_traced_memory()
+    paired_difference("matthews", first, second, labels, 2)
+    _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert most < 50e6  # 1,000 draws of the rows would be 1.6 GB
+    assert peak < 50e6  # 1,000 draws of the rows would be 1.6 GB
 
 
-def test_what_is_far_below_all_exits_does_not_flatten_the_curve():
-    rows = {"majority": 0.2, "tfidf": 0.8, "probe_1": 0.1, "probe_2": 0.9}
+def test_traces_of_baselines_far_below_all_exits_are_marked():
+    scores = {"majority": 0.2, "tfidf": 0.8, "probe_1": 0.1, "probe_2": 0.9}
     results = {
-        "baselines": {name: {"cost": 0.0, "score": value} for name, value in rows.items()},
+        "baselines": {name: {"cost": 0.0, "score": value} for name, value in scores.items()},
         "replicas": [{"individual": [{"score": 0.85}, {"score": 0.9}]}],
         "best_replica": 0,
     }

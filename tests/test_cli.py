@@ -1,4 +1,4 @@
-"""The command line: its help, and what it says of bad input (one line, exit status 2)."""
+"""The command line: its help, and its errors for bad input (one line, exit status 2)."""
 
 import dataclasses
 import errno
@@ -28,82 +28,80 @@ pytestmark = pytest.mark.usefixtures("restored_logging")
 
 
 @pytest.fixture
-def line(options, tmp_path):
-    """A command line that would run: the program's arguments, with the workdir last."""
+def run_arguments(options, tmp_path):
+    """Returns the arguments of a valid run, with the workdir last."""
     recipe = tmp_path / "recipe.py"
     recipe.write_text(f"def get_config(): return {options!r}")
     return [f"--config={recipe}", f"--workdir={tmp_path / 'run'}"]
 
 
 @pytest.fixture
-def refused(line, tmp_path, capsys):
-    """A function from more arguments to the one line that the command prints of them."""
+def error_message(run_arguments, tmp_path, capsys):
+    """Returns a function that runs the command with more arguments and returns its error."""
 
-    def refused(*arguments: str) -> str:
-        before = contents(tmp_path / "run")
-        status = main(["main", *line, *arguments])
-        printed = capsys.readouterr()
+    def run_refused(*arguments: str) -> str:
+        before = read_files(tmp_path / "run")
+        status = main(["main", *run_arguments, *arguments])
+        captured = capsys.readouterr()
         assert status == 2
-        assert printed.out == ""
-        assert contents(tmp_path / "run") == before
-        return one_error(printed.err)
+        assert captured.out == ""
+        assert read_files(tmp_path / "run") == before
+        return one_error(captured.err)
 
-    return refused
+    return run_refused
 
 
 @pytest.fixture
-def altered(checkpoint, tmp_path):
-    """A function that copies the checkpoint, with other values in one of its JSON files."""
+def altered_checkpoint(checkpoint, tmp_path):
+    """Returns a function that copies the checkpoint and changes values in one of its JSON files."""
 
-    def altered(name: str = "config.json", **values) -> Path:
+    def copy_altered(name: str = "config.json", **values) -> Path:
         folder = shutil.copytree(checkpoint, tmp_path / "altered")
         path = folder / name
         path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
         return folder
 
-    return altered
+    return copy_altered
 
 
 def one_error(stderr: str) -> str:
-    """The message, after checking that it is one line and nothing else is said."""
+    """Returns the error message, after checking that stderr is its one line and no more."""
     assert stderr.endswith("\n")
     (message,) = stderr.splitlines()
     assert message.startswith("error: ")
     return message.removeprefix("error: ")
 
 
-def contents(folder: Path) -> dict[str, bytes] | None:
-    """Every file below a folder, or None if there is no such folder."""
+def read_files(folder: Path) -> dict[str, bytes] | None:
+    """Returns the contents of all files below a folder, or None if there is no such folder."""
     if not folder.exists():
         return None
     return {str(p): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
-def command(*arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-m", "sweet_jax.main", *arguments],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+def run_process(*command: str) -> subprocess.CompletedProcess:
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
 
 
-def test_help_explains_every_key_and_exits_0():
-    done = command("--help")
-    assert done.returncode == 0
-    assert "--workdir" in done.stdout
+def run_main(*arguments: str) -> subprocess.CompletedProcess:
+    return run_process(sys.executable, "-m", "sweet_jax.main", *arguments)
+
+
+def test_help_describes_every_config_key():
+    process = run_main("--help")
+    assert process.returncode == 0
+    assert "--workdir" in process.stdout
     keys = {key.name: key for key in describe_keys()}
     for field in dataclasses.fields(Config):
-        _, _, rest = done.stdout.partition(f"\n  {field.name} = ")
+        _, _, rest = process.stdout.partition(f"\n  {field.name} = ")
         key = keys[field.name]
         assert key.meaning
         assert key.allowed
-        said = f"{key.default} {key.meaning} Allowed: {key.allowed} "
-        assert " ".join(rest.split()).startswith(" ".join(said.split()))
+        description = f"{key.default} {key.meaning} Allowed: {key.allowed} "
+        assert " ".join(rest.split()).startswith(" ".join(description.split()))
 
 
-def test_the_default_in_help_is_one_that_the_command_line_takes():
+def test_defaults_in_help_are_accepted_by_the_command_line():
     for key in describe_keys():
         if key.default in ('""', "none given"):
             continue
@@ -112,7 +110,7 @@ def test_the_default_in_help_is_one_that_the_command_line_takes():
         assert getattr(config, key.name) == getattr(Config(), key.name)
 
 
-def test_the_choices_in_help_are_the_values_that_are_taken():
+def test_choices_in_help_are_the_accepted_values():
     described = {key.name: key for key in describe_keys()}
     for field in dataclasses.fields(Config):
         names = key_metadata(field).names(field.default)
@@ -122,35 +120,33 @@ def test_the_choices_in_help_are_the_values_that_are_taken():
             assert described[field.name].allowed.split(", ") == allowed
 
 
-def test_help_may_be_cut_short():
-    """As `| head` does: that the rest of the text has no reader is no error."""
+def test_help_piped_to_head_is_no_error():
     shell = f"{sys.executable} -m sweet_jax.main --help | head -n 1; exit ${{PIPESTATUS[0]}}"
-    done = subprocess.run(
-        ["bash", "-c", shell], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0
-    assert done.stderr == ""
-    assert len(done.stdout.splitlines()) == 1
+    process = run_process("bash", "-c", shell)
+    assert process.returncode == 0
+    assert process.stderr == ""
+    assert len(process.stdout.splitlines()) == 1
 
 
-def test_the_console_command_is_installed_by_the_name_sweet_jax():
+def test_console_script_sweet_jax_calls_cli_main():
     scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
     module, _, function = scripts["sweet-jax"].partition(":")
     assert getattr(importlib.import_module(module), function) is cli.main
 
 
-def test_an_installed_copy_holds_every_file_of_the_package():
-    """Among them py.typed, by which type checkers of other programs read our annotations."""
+def test_package_data_contains_every_file_of_the_package():
+    """One of them is py.typed, without which type checkers ignore the annotations."""
     tool = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]
     globs = tool["setuptools"]["package-data"].items()
-    held = {path for name, found in globs for each in found for path in folder(name).glob(each)}
+    packaged = {
+        path
+        for module, patterns in globs
+        for pattern in patterns
+        for path in ROOT.joinpath(*module.split(".")).glob(pattern)
+    }
     present = {path for path in (ROOT / "sweet_jax").rglob("*.*") if path.is_file()}
-    assert {path for path in present - held if path.suffix not in (".py", ".pyc")} == set()
-    assert ROOT / "sweet_jax" / "py.typed" in held
-
-
-def folder(module: str) -> Path:
-    return ROOT.joinpath(*module.split("."))
+    assert {path for path in present - packaged if path.suffix not in (".py", ".pyc")} == set()
+    assert ROOT / "sweet_jax" / "py.typed" in packaged
 
 
 @pytest.mark.parametrize("arguments", [["version"], ["--help"], [], ["train", "--help"]])
@@ -161,21 +157,19 @@ def test_help_and_version_do_not_import_jax(arguments):
         "except SystemExit as end: status = end.code\n"
         "sys.exit('jax was imported' if 'jax' in sys.modules else status)"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout
+    process = run_process(sys.executable, "-c", program)
+    assert process.returncode == 0, process.stderr
+    assert process.stdout
 
 
-def test_version_is_the_package_s(capsys):
+def test_version_command_prints_the_package_version(capsys):
     assert cli.main(["version"]) == 0
     assert capsys.readouterr().out == f"{sweet_jax.__version__}\n"
 
 
-def test_help_of_the_console_command_names_all_commands(capsys):
+def test_help_of_console_script_names_all_commands(capsys):
     assert cli.main(["--help"]) == 0
-    printed = capsys.readouterr().out
+    stdout = capsys.readouterr().out
     for name in (
         "train",
         "simulate",
@@ -186,29 +180,29 @@ def test_help_of_the_console_command_names_all_commands(capsys):
         "recalibrate",
         "version",
     ):
-        assert f"\n  {name} " in printed
+        assert f"\n  {name} " in stdout
 
 
 @pytest.mark.parametrize(
     "name", ["simulate", "predict", "serve", "export", "quantize", "recalibrate"]
 )
-def test_each_command_explains_itself(name, capsys):
-    with pytest.raises(SystemExit) as ended:
+def test_each_command_prints_its_usage(name, capsys):
+    with pytest.raises(SystemExit) as exit_info:
         cli.main([name, "--help"])
-    assert ended.value.code == 0
+    assert exit_info.value.code == 0
     assert capsys.readouterr().out.startswith(f"usage: sweet-jax {name} ")
 
 
-def test_train_is_the_main_module(line, capsys):
-    assert cli.main(["train", *line, "--config.exits=1,2"]) == 2
-    once = one_error(capsys.readouterr().err)
-    assert main(["main", *line, "--config.exits=1,2"]) == 2
-    assert one_error(capsys.readouterr().err) == once
-    assert "exits must end with the encoder's last layer, 3" in once
+def test_train_command_prints_the_same_error_as_main(run_arguments, capsys):
+    assert cli.main(["train", *run_arguments, "--config.exits=1,2"]) == 2
+    error = one_error(capsys.readouterr().err)
+    assert main(["main", *run_arguments, "--config.exits=1,2"]) == 2
+    assert one_error(capsys.readouterr().err) == error
+    assert "exits must end with the encoder's last layer, 3" in error
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"),
+    ("arguments", "message"),
     [
         (["trian"], "unknown command 'trian': did you mean 'train'?"),
         (["simulate", "--run=absent"], "'absent' is not a finished run"),
@@ -216,30 +210,30 @@ def test_train_is_the_main_module(line, capsys):
         (["predict", "--model=absent"], "pass --input=FILE and --output=FILE, or --measure"),
     ],
 )
-def test_a_wrong_command_gets_one_line(arguments, words, capsys):
+def test_invalid_command_is_refused_in_one_line(arguments, message, capsys):
     assert cli.main(arguments) == 2
-    assert words in one_error(capsys.readouterr().err)
+    assert message in one_error(capsys.readouterr().err)
 
 
-def test_an_interruption_of_the_imports_is_one_line(capsys, monkeypatch):
-    def interrupted(name):
+def test_interrupt_during_imports_is_reported_in_one_line(capsys, monkeypatch):
+    def interrupt(name):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "import_module", interrupted)
+    monkeypatch.setattr(cli, "import_module", interrupt)
     assert cli.main(["report", "runs/a"]) == 1
     assert capsys.readouterr().err == "interrupted\n"
 
 
-def test_the_process_exits_2_with_one_line(line, tmp_path):
-    done = command(*line, "--config.exits=1,2")
-    assert done.returncode == 2
-    assert "exits must end with the encoder's last layer, 3" in one_error(done.stderr)
-    assert done.stdout == ""
+def test_process_exits_with_status_2_and_one_line(run_arguments, tmp_path):
+    process = run_main(*run_arguments, "--config.exits=1,2")
+    assert process.returncode == 2
+    assert "exits must end with the encoder's last layer, 3" in one_error(process.stderr)
+    assert process.stdout == ""
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
-    ("argument", "words"),
+    ("argument", "message"),
     [
         ("--config.exitz=1", "unknown config key 'exitz': did you mean 'exits'?"),
         ("--confg.exits=1", "unknown argument '--confg.exits=1'"),
@@ -259,27 +253,27 @@ def test_the_process_exits_2_with_one_line(line, tmp_path):
         ("--config.checkpoint=absent/absent", "neither a local directory nor found on the hub"),
     ],
 )
-def test_a_bad_value_is_refused(refused, argument, words):
-    assert words in refused(argument)
+def test_invalid_config_value_is_refused(error_message, argument, message):
+    assert message in error_message(argument)
 
 
-def test_a_platform_without_devices_is_refused(refused, monkeypatch):
+def test_platform_without_devices_is_refused(error_message, monkeypatch):
     def no_devices():
-        raise AssertionError  # as JAX does where CUDA is asked for and not there
+        raise AssertionError  # as JAX does if CUDA is requested but absent
 
     monkeypatch.setattr("jax.devices", no_devices)
     monkeypatch.setenv("JAX_PLATFORMS", "cuda")
-    assert "no device with JAX_PLATFORMS='cuda': unset it, or name a platform" in refused()
+    assert "no device with JAX_PLATFORMS='cuda': unset it, or name a platform" in error_message()
 
 
-def test_an_unknown_task_is_refused(refused):
-    assert "unknown task 'mprc': did you mean 'mrpc'?" in refused(
+def test_unknown_task_is_refused(error_message):
+    assert "unknown task 'mprc': did you mean 'mrpc'?" in error_message(
         "--config.task=mprc", "--config.data_files="
     )
 
 
 @pytest.mark.parametrize(
-    ("train", "validation", "words"),
+    ("train", "validation", "message"),
     [
         ("a,x\nb,x\n", "c,x\n", "all training rows have the label 'x'"),
         (
@@ -294,32 +288,32 @@ def test_an_unknown_task_is_refused(refused):
         ("a,x\nb,y\n", "", "the validation file has no rows"),
     ],
 )
-def test_rows_that_will_not_do_are_refused(refused, tmp_path, train, validation, words):
+def test_invalid_rows_are_refused(error_message, tmp_path, train, validation, message):
     paths = []
     for name, body in (("train.csv", train), ("validation.csv", validation)):
         paths.append(tmp_path / name)
         paths[-1].write_text(f"text,label\n{body}")
-    assert words in refused(f"--config.data_files={paths[0]},{paths[1]}")
+    assert message in error_message(f"--config.data_files={paths[0]},{paths[1]}")
 
 
-def test_nan_in_text_is_refused(refused, tmp_path):
+def test_numeric_text_column_is_refused(error_message, tmp_path):
     path = tmp_path / "rows.parquet"
     pq.write_table(pa.table({"text": [1.0, float("nan")], "label": ["x", "y"]}), path)
-    assert "column 'text' holds values of type double, not text" in refused(
+    assert "column 'text' holds values of type double, not text" in error_message(
         f"--config.data_files={path}"
     )
 
 
-def test_nothing_but_the_error_is_said_of_rows_that_repeat(refused, tmp_path):
+def test_error_is_printed_without_a_warning_of_repeated_rows(error_message, tmp_path):
     path = tmp_path / "rows.csv"
     path.write_text("text,label\n" + "".join(f"text {i % 30},{i % 2}\n" for i in range(60)))
-    assert "3 training rows are too few" in refused(
+    assert "3 training rows are too few" in error_message(
         f"--config.data_files={path}", "--config.train_size=3"
     )
 
 
 @pytest.mark.parametrize(
-    ("values", "words"),
+    ("values", "message"),
     [
         ({"model_type": "gpt2"}, "model_type 'gpt2'; supported are bert, roberta, deberta"),
         ({"hidden_size": 32}, "do not fit its config: misshapen: "),
@@ -331,8 +325,10 @@ def test_nothing_but_the_error_is_said_of_rows_that_repeat(refused, tmp_path):
         ({"num_attention_heads": 3}, "num_attention_heads"),
     ],
 )
-def test_a_checkpoint_of_another_architecture_is_refused(refused, altered, values, words):
-    assert words in refused(f"--config.checkpoint={altered(**values)}")
+def test_unsupported_checkpoint_architecture_is_refused(
+    error_message, altered_checkpoint, values, message
+):
+    assert message in error_message(f"--config.checkpoint={altered_checkpoint(**values)}")
 
 
 @pytest.mark.parametrize(
@@ -344,86 +340,90 @@ def test_a_checkpoint_of_another_architecture_is_refused(refused, altered, value
         ("tokenizer.json", "[]"),
     ],
 )
-def test_a_damaged_json_file_of_a_checkpoint_is_refused(refused, altered, name, content):
-    folder = altered()
+def test_damaged_json_file_of_checkpoint_is_refused(
+    error_message, altered_checkpoint, name, content
+):
+    folder = altered_checkpoint()
     (folder / name).write_text(content)
-    assert str(folder) in refused(f"--config.checkpoint={folder}")
+    assert str(folder) in error_message(f"--config.checkpoint={folder}")
 
 
-def test_a_tokenizer_without_padding_is_refused(refused, altered):
-    folder = altered("tokenizer_config.json", pad_token=None)
-    assert "pad" in refused(f"--config.checkpoint={folder}")
+def test_tokenizer_without_padding_token_is_refused(error_message, altered_checkpoint):
+    folder = altered_checkpoint("tokenizer_config.json", pad_token=None)
+    assert "pad" in error_message(f"--config.checkpoint={folder}")
 
 
-@pytest.mark.parametrize("keep", [0.0, 0.05, 0.5, 0.999])
-def test_damaged_tensors_are_refused(refused, altered, keep):
-    folder = altered()
+@pytest.mark.parametrize("kept_share", [0.0, 0.05, 0.5, 0.999])
+def test_truncated_tensors_are_refused(error_message, altered_checkpoint, kept_share):
+    folder = altered_checkpoint()
     path = folder / "model.safetensors"
-    os.truncate(path, int(path.stat().st_size * keep))
-    message = refused(f"--config.checkpoint={folder}")
+    os.truncate(path, int(path.stat().st_size * kept_share))
+    message = error_message(f"--config.checkpoint={folder}")
     assert str(path) in message
     assert "damaged" in message
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
-def test_an_incomplete_checkpoint_is_refused(refused, altered, name):
-    folder = altered()
+def test_incomplete_checkpoint_is_refused(error_message, altered_checkpoint, name):
+    folder = altered_checkpoint()
     (folder / name).unlink()
-    assert str(folder) in refused(f"--config.checkpoint={folder}")
+    assert str(folder) in error_message(f"--config.checkpoint={folder}")
 
 
-@pytest.mark.parametrize("below", ["", "a/b"])
-def test_a_workdir_that_cannot_be_written_to_is_refused(refused, tmp_path, below):
+@pytest.mark.parametrize("subfolder", ["", "a/b"])
+def test_unwritable_workdir_is_refused(error_message, tmp_path, subfolder):
     file = tmp_path / "file"
     file.write_text("mine")
-    workdir = file / below
-    assert f"workdir '{workdir}' cannot be written to" in refused(f"--workdir={workdir}")
+    workdir = file / subfolder
+    assert f"workdir '{workdir}' cannot be written to" in error_message(f"--workdir={workdir}")
     assert file.read_text() == "mine"
 
 
-def test_a_workdir_of_another_configuration_is_refused(refused, line, tmp_path):
+def test_workdir_of_another_configuration_is_refused(error_message, tmp_path):
     workdir = tmp_path / "run"
     workdir.mkdir()
     (workdir / ".lock").touch()
     (workdir / "config.json").write_text(json.dumps({"epochs": 3, "data_sha256": ""}))
-    message = refused("--config.epochs=2")
+    message = error_message("--config.epochs=2")
     assert "belongs to another configuration" in message
     assert "epochs is 3 there and 2 here" in message
 
 
 @pytest.mark.parametrize("content", ["{", "[]"])
-def test_a_workdir_with_an_unreadable_config_is_refused(refused, tmp_path, content):
+def test_workdir_with_damaged_config_is_refused(error_message, tmp_path, content):
     workdir = tmp_path / "run"
     workdir.mkdir()
     (workdir / ".lock").touch()
     (workdir / "config.json").write_text(content)
-    assert str(workdir / "config.json") in refused()
+    assert str(workdir / "config.json") in error_message()
 
 
-def test_a_workdir_in_use_is_refused(refused, tmp_path):
+def test_workdir_in_use_is_refused(error_message, tmp_path):
     workdir = tmp_path / "run"
     workdir.mkdir()
     with (workdir / ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_SH)  # the run must ask for the whole directory
-        assert "is in use by another run" in refused()
+        fcntl.flock(lock, fcntl.LOCK_SH)  # the run must ask for an exclusive lock
+        assert "is in use by another run" in error_message()
 
 
-def test_a_file_system_without_locks_is_refused(refused, tmp_path, monkeypatch):
+def test_file_system_without_locks_is_refused(error_message, tmp_path, monkeypatch):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / ".lock").touch()
 
-    def lacks(*_):
+    def refuse(*_):
         raise OSError(errno.ENOSYS, "Function not implemented")
 
-    monkeypatch.setattr("sweet_jax.file_lock.fcntl.flock", lacks)
-    assert "without locks (Function not implemented)" in refused()
+    monkeypatch.setattr("sweet_jax.file_lock.fcntl.flock", refuse)
+    assert "without locks (Function not implemented)" in error_message()
 
 
-def test_the_home_of_nobody_is_refused(refused):
-    assert "~nobody.at.all/run: Could not determine home" in refused("--workdir=~nobody.at.all/run")
+def test_home_folder_of_unknown_user_is_refused(error_message):
+    assert "~nobody.at.all/run: Could not determine home" in error_message(
+        "--workdir=~nobody.at.all/run"
+    )
 
 
 @pytest.mark.parametrize("missing", ["--config", "--workdir"])
-def test_a_missing_argument_is_refused(line, missing, capsys):
-    assert main(["main", *(a for a in line if not a.startswith(f"{missing}="))]) == 2
+def test_missing_argument_is_refused(run_arguments, missing, capsys):
+    assert main(["main", *(a for a in run_arguments if not a.startswith(f"{missing}="))]) == 2
     assert "--config=FILE and --workdir=DIR" in one_error(capsys.readouterr().err)
