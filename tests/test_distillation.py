@@ -135,8 +135,8 @@ def test_last_exit_first_opens_boundaries_and_zeroes_other_loss_weights():
 
 
 @pytest.mark.slow
-def test_last_exit_first_leaves_other_heads_untrained_until_it_ends():
-    """Until then, the last exit's loss trains the first segment too."""
+def test_other_heads_are_not_trained_during_last_exit_first():
+    """Meanwhile the last exit's loss trains the first segment too."""
     graphdef, params = build()
     step_settings = settings(graphdef, isolation=(1.0,), last_exit_first=0.5)
 

@@ -25,7 +25,7 @@ from sweet_jax.exits.targets import TARGET_RANGES
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-# Added to the README's commands for short runs.
+# Options that `train` gets in addition to those of the README, for short runs.
 SHORT = [
     "--config.learning_rates=1e-4",
     "--config.train_size=150",

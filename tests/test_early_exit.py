@@ -33,7 +33,7 @@ BATCH = {
 
 
 def mean_loss(logits):
-    """Mean cross-entropy of every exit on the batch, [E]."""
+    """Returns the mean cross-entropy of every exit on the batch, [E]."""
     return SINGLE_LABEL.mean_loss(logits, BATCH["labels"], BATCH["row_mask"])
 
 

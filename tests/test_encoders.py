@@ -37,7 +37,7 @@ def read_golden(name: str):
 
 @pytest.mark.parametrize("kind", ENCODERS)
 def test_token_types_are_ignored_when_config_has_one_type(kind):
-    """Some tokenizers number the texts of a pair even so: an index error in Hugging Face."""
+    """A tokenizer may still give a second text the type 1, an index error in Hugging Face."""
     config = dataclasses.replace(TINIES[kind], type_vocab_size=1)
     encoder = FAMILIES[kind].encoder(config, jax.random.key(0))
     ids, types = jnp.asarray([[1, 2, 3, 4]]), jnp.asarray([[0, 0, 1, 1]])
@@ -77,7 +77,7 @@ def test_hidden_states_and_gradients_equal_hugging_face(name):
         key = checkpoint.family.names.name(path_keys(path))
         expected = arrays[f"grad/{key}"]
         expected = expected.T if is_transposed(path_keys(path)) else expected
-        # Sums over tens of tokens: relative to the tensor's largest entry where that is above 1.
+        # Gradients sum over tokens: relative to the tensor's largest entry if that is above 1.
         scale = max(1.0, float(np.abs(expected).max()))
         np.testing.assert_allclose(actual, expected, rtol=0, atol=TOLERANCE * scale, err_msg=key)
 
@@ -159,7 +159,7 @@ def test_fused_attention_equals_einsum_attention_and_its_gradients(kind):
     encoder = FAMILIES[kind].encoder(config, jax.random.key(0))
     hidden = jax.random.normal(jax.random.key(1), (4, 9, config.hidden_size))
     mask = jnp.arange(9)[None] < jnp.array([9, 4, 1, 0])[:, None]
-    key = jax.random.key(2)  # other dropout stays on
+    key = jax.random.key(2)  # dropout of hidden states stays on
 
     def layer(values, h, graphdef, count):
         out = nnx.merge(graphdef, values).layer(2, h, mask, key, count=count)

@@ -199,11 +199,11 @@ def test_train_uses_registered_reader_trackers_and_engine(
     folder = tmp_path / "run"
     assert cli.main(["train", str(tmp_path / "rows.own"), f"--output={folder}", *keys]) == 0
     exits = json.loads((folder / "model" / "exits.json").read_text())
-    assert exits["classes"] == ["False", "True"]  # as of booleans in JSON
+    assert exits["classes"] == ["False", "True"]  # like booleans in JSON
     logged = (folder / "own_tracker.txt").read_text().splitlines()
     (loss,) = {line.split()[1] for line in logged if f"loss/exit_{exits['layers'][0]}/" in line}
     assert loss.endswith("/replica_0")
-    assert logged.count("attached True") == 2  # both of the names
+    assert logged.count("attached True") == 2  # for "lines" and for the reference
     assert list((folder / "tensorboard").iterdir())
     measured = json.loads((folder / "model" / "clock.json").read_text())["rows"]
     assert {"jax", "own"} <= {row["engine"] for row in measured}

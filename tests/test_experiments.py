@@ -68,7 +68,7 @@ pytestmark = pytest.mark.usefixtures("one_device_in_module")
 
 @pytest.fixture(scope="module")
 def arguments(cell_options) -> list[str]:
-    """Returns options of cells of seconds: two layers, learnable rows, two seeds, two rates."""
+    """Returns options of quick cells: two layers, learnable rows, two seeds, two rates."""
     return [
         *(*cell_options, "--learning_rates=1e-3,3e-3"),
         *("--set", "epochs=1", "--set", "batch_size=8", "--set", "train_size=70"),

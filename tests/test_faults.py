@@ -166,10 +166,10 @@ def test_copy_additions_keeps_added_files_only_beside_equal_files(tmp_path):
         for directory in (folder, folder / "depth_01"):
             (directory / "weights").write_text("same")
         (folder / "about").write_text(version)
-    (old / "depth_01" / "times").write_text("mine")
+    (old / "depth_01" / "times").write_text("measured")
     copy_additions(old, new, ignored=("about",))
     assert (new / "about").read_text() == "2"
-    assert (new / "depth_01" / "times").read_text() == "mine"
+    assert (new / "depth_01" / "times").read_text() == "measured"
     (old / "more").write_text("of other weights")
     (new / "weights").write_text("else")
     copy_additions(old, new, ignored=("about",))
@@ -234,7 +234,7 @@ def test_copies_of_read_only_files_are_writable(tmp_path):
     assert all(path.stat().st_mode & 0o200 for path in new.rglob("*"))
 
 
-def test_file_is_synced_before_it_is_renamed(tmp_path, monkeypatch):
+def test_file_is_synced_before_renaming(tmp_path, monkeypatch):
     """Otherwise a disk error would leave an empty config.json, which no command accepts."""
     path, calls = tmp_path / "config.json", []
     fsync, replace = os.fsync, os.replace
@@ -313,7 +313,7 @@ def test_kill_plans_prefer_phases_with_fewest_kills():
     phases = ["probe", "report"]
     chosen = [plans.plan_kill(rng, kills_by_phase, undisturbed, phases) for _ in range(50)]
     aimed = Counter(plan.phase for plan in chosen)
-    assert aimed["report"] > aimed["probe"] > 0  # the rest: at any time of the run
+    assert aimed["report"] > aimed["probe"] > 0  # other kills may come at any time
     assert all(plan.delay <= {"report": 1.0, "probe": 2.0}[plan.phase] for plan in chosen)
 
 
@@ -357,7 +357,7 @@ def test_lost_process_is_reported_in_one_line_for_each_jax_error(error_type, mon
     assert lines[1] == "Traceback (most recent call last):"
 
 
-def test_input_error_of_one_process_exits_it_and_shared_error_is_raised(monkeypatch, capsys):
+def test_input_error_ends_single_process_and_shared_error_is_raised(monkeypatch, capsys):
     """The process must not wait for the others, which would wait for it in the next step."""
     exit_codes = []
     monkeypatch.setattr(jax, "process_count", lambda: 2)
@@ -432,7 +432,7 @@ def test_killed_run_resumes_without_differing_bits_and_is_counted(tmp_path):
     setup, run = launch.Setup(config, cache), tmp_path / "run"
     with launch.started(setup, run) as attempt:
         watch = Watch(run, attempt.start, attempt.errors[0], 12, 96)
-        plan = plans.Plan("probe", 0.0)  # there is no probe: from the claim to the outputs
+        plan = plans.Plan("probe", 0.0)  # no probe: this phase lasts until the outputs
         assert plans.wait_for_moment(plan, watch, attempt.is_whole)
         killed = kills.kill_processes(
             random.Random(0), plan, watch, attempt, reference.MODES["single"].signal
