@@ -1,4 +1,4 @@
-"""What a config may say, what it stands for, and how the command line reads into one."""
+"""Validation and defaults of a Config, and how config files and arguments become one."""
 
 import dataclasses
 import math
@@ -19,22 +19,24 @@ from sweet_jax.saved_config import config_values, read_saved_config
 
 
 @pytest.fixture
-def parsed(tmp_path):
-    """A function from a recipe's source and command line arguments to the Config."""
+def parse_config(tmp_path):
+    """Returns a function of arguments and of a config file's source that returns the Config."""
 
-    def parsed(*arguments: str, source: str = "def get_config(): return {}", argument: str = ""):
-        recipe = tmp_path / "recipe.py"
-        recipe.write_text(source)
-        line = ["main", f"--config={recipe}{argument}", f"--workdir={tmp_path / 'run'}"]
+    def parse_config(
+        *arguments: str, source: str = "def get_config(): return {}", argument: str = ""
+    ):
+        config_file = tmp_path / "recipe.py"
+        config_file.write_text(source)
+        line = ["main", f"--config={config_file}{argument}", f"--workdir={tmp_path / 'run'}"]
         config, workdir, *_ = parse([*line, *arguments])
         assert workdir == tmp_path / "run"
         return config
 
-    return parsed
+    return parse_config
 
 
 @pytest.mark.parametrize(
-    ("values", "words"),
+    ("values", "message"),
     [
         ({"exit": (1, 12)}, "unknown config key 'exit': did you mean 'exits'?"),
         ({"learning_rate": 1e-4}, "did you mean 'learning_rates'?"),
@@ -163,14 +165,14 @@ def parsed(tmp_path):
         ({"label_column": ""}, "label_column must be a column name"),
     ],
 )
-def test_an_impossible_value_is_named_with_its_fix(values, words):
+def test_invalid_config_value_error_names_value_and_fix(values, message):
     with pytest.raises(UserError) as error:
         from_mapping(values)
-    assert words in str(error.value)
+    assert message in str(error.value)
     assert "\n" not in str(error.value)
 
 
-def test_a_saved_config_is_read_as_it_was_written(tmp_path):
+def test_saved_config_round_trips_and_refuses_unfinished_or_damaged_runs(tmp_path):
     config = Config(clip_norm=math.inf, task="inf", exits=(1, 3)).resolved()
     values = config_values(config, "digest")
     write_json(tmp_path / "config.json", values)
@@ -188,7 +190,7 @@ def test_a_saved_config_is_read_as_it_was_written(tmp_path):
             read_saved_config(tmp_path, "the run")
 
 
-def test_single_values_lists_and_whole_numbers_are_taken_for_what_they_mean():
+def test_from_mapping_converts_scalars_lists_and_integers():
     config = from_mapping(
         {
             "exits": [1, 2],
@@ -206,18 +208,20 @@ def test_single_values_lists_and_whole_numbers_are_taken_for_what_they_mean():
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_resolved_fills_in_the_choices_of_the_preset(preset):
+def test_resolved_config_takes_values_of_preset(preset):
     config = Config(preset=preset).resolved()
     assert {key: getattr(config, key) for key in PRESETS[preset]} == PRESETS[preset]
     assert config.resolved() == config
 
 
-def test_presets_say_where_temperatures_are_fitted():
-    fitted = [Config(preset=preset).resolved().calibration for preset in ("", "paper", "reference")]
-    assert fitted == ["held_out", "validation", "validation_dropout"]
+def test_each_preset_sets_its_calibration_split():
+    calibrations = [
+        Config(preset=preset).resolved().calibration for preset in ("", "paper", "reference")
+    ]
+    assert calibrations == ["held_out", "validation", "validation_dropout"]
 
 
-def test_resolved_keeps_what_was_set_alone():
+def test_explicit_values_override_preset():
     config = Config(preset="reference", calibration="held_out", isolation=(0.5,)).resolved()
     assert (config.calibration, config.pooler, config.isolation) == ("held_out", "shared", (0.5,))
 
@@ -225,20 +229,14 @@ def test_resolved_keeps_what_was_set_alone():
 @pytest.mark.parametrize(
     ("method", "isolation"), [("sweet", (1.0,)), ("early_exit", (0.0,)), ("multi_model", (0.0,))]
 )
-def test_resolved_isolation_is_the_methods(method, isolation):
+def test_resolved_isolation_defaults_to_that_of_method(method, isolation):
     assert Config(method=method).resolved().isolation == isolation
     if method != "multi_model":
         assert Config(method=method, isolation=(0.0, 1.0)).resolved().isolation == (0.0, 1.0)
 
 
-def test_a_method_whose_isolation_is_a_pair_has_a_schedule_of_its_own(monkeypatch):
-    gradual = dataclasses.replace(METHODS["sweet"], isolation=(0.0, 1.0))
-    monkeypatch.setitem(METHODS, "sweet", gradual)
-    assert Config(isolation_schedule="step").resolved().isolation == (0.0, 1.0)
-
-
 @pytest.mark.parametrize("method", METHODS)
-def test_resolved_loss_weights_are_the_methods_unless_set(method):
+def test_resolved_loss_weights_default_to_those_of_method(method):
     assert Config(method=method).resolved().loss_weights == METHODS[method].loss_weights
     values = {"method": method, "loss_weights": [1, 1, 2, 4]}
     if METHODS[method].model_per_exit:
@@ -248,8 +246,7 @@ def test_resolved_loss_weights_are_the_methods_unless_set(method):
         assert from_mapping(values).resolved().loss_weights == (1.0, 1.0, 2.0, 4.0)
 
 
-def test_schedules_of_loss_weights():
-    """The weights of each exit at the first and at the last step."""
+def test_loss_weights_have_expected_first_and_last_values():
     exits = (1, 4, 6, 12)
     assert loss_weights("uniform", exits) == ((1.0, 1.0),) * 4
     start, end = np.transpose(loss_weights("depth", exits))
@@ -262,33 +259,32 @@ def test_schedules_of_loss_weights():
     assert loss_weights((2.0, 3.0), (1, 2)) == ((2.0, 2.0), (3.0, 3.0))
 
 
-def test_a_recipe_s_numbers_give_way_to_a_name_of_the_command_line(parsed):
+def test_command_line_name_overrides_loss_weight_numbers_of_config_file(parse_config):
     source = "def get_config(): return {'loss_weights': (1, 2, 3, 4)}"
-    assert parsed(source=source).loss_weights == (1.0, 2.0, 3.0, 4.0)
-    assert parsed("--config.loss_weights=depth", source=source).loss_weights == "depth"
+    assert parse_config(source=source).loss_weights == (1.0, 2.0, 3.0, 4.0)
+    assert parse_config("--config.loss_weights=depth", source=source).loss_weights == "depth"
 
 
-def test_what_goes_together_is_checked_after_the_command_line(parsed):
-    """A recipe's values may fit the exits, or the method, that the command line names."""
+def test_combinations_are_validated_after_command_line_overrides(parse_config):
+    """Values of a config file may require exits or a method that only the command line sets."""
     source = "def get_config(): return {'loss_weights': (1, 2, 4)}"
-    assert parsed("--config.exits=1,2,3", source=source).loss_weights == (1.0, 2.0, 4.0)
+    assert parse_config("--config.exits=1,2,3", source=source).loss_weights == (1.0, 2.0, 4.0)
     with pytest.raises(UserError, match="for each of the 4 exits 1,4,6,12"):
-        parsed(source=source)
+        parse_config(source=source)
     source = "def get_config(): return {'exits': (2, 1), 'conflict_every': 5}"
-    config = parsed("--config.method=early_exit", "--config.exits=1,2", source=source)
+    config = parse_config("--config.method=early_exit", "--config.exits=1,2", source=source)
     assert (config.exits, config.conflict_every) == ((1, 2), 5)
     for value in ("()", "(1, 'x')", "None"):
         source = f"def get_config(): return {{'loss_weights': {value}}}"
         with pytest.raises(UserError, match="loss_weights must be one positive number for each"):
-            parsed("--config.loss_weights=depth", source=source)
+            parse_config("--config.loss_weights=depth", source=source)
 
 
-def test_conflict_is_measured_wherever_exits_share_layers():
-    """Whatever the name of the method: SWEET with open boundaries too."""
+def test_conflict_every_is_accepted_for_sweet_with_partial_isolation():
     assert Config(isolation=(0.5,), conflict_every=5).conflict_every == 5
 
 
-def test_replicas_are_every_seed_with_every_rate_seeds_outermost():
+def test_replicas_are_product_of_seeds_and_rates_with_seeds_outermost():
     config = Config(seeds=(0, 7), learning_rates=(1e-4, 3e-4))
     assert config.replicas() == ((0, 1e-4), (0, 3e-4), (7, 1e-4), (7, 3e-4))
 
@@ -316,34 +312,37 @@ def test_replicas_are_every_seed_with_every_rate_seeds_outermost():
         ("clip_norm=inf", "clip_norm", float("inf")),
     ],
 )
-def test_the_command_line_sets_a_key(parsed, argument, key, value):
-    config = parsed(f"--config.{argument}")
+def test_command_line_value_is_converted_to_type_of_key(parse_config, argument, key, value):
+    config = parse_config(f"--config.{argument}")
     assert config == from_mapping({key: value})
-    kinds = [type(v) for v in value] if isinstance(value, tuple) else [type(value)]
-    found = getattr(config, key)
-    assert [type(v) for v in (found if isinstance(value, tuple) else (found,))] == kinds
+    actual = getattr(config, key)
+    assert type(actual) is type(value)
+    if isinstance(value, tuple):
+        assert [type(v) for v in actual] == [type(v) for v in value]
 
 
-def test_the_command_line_goes_over_the_recipe(parsed):
+def test_last_command_line_value_overrides_config_file(parse_config):
     source = "def get_config(): return {'epochs': 5, 'batch_size': 4}"
-    config = parsed("--config.epochs=3", "--config.epochs=7", source=source)
+    config = parse_config("--config.epochs=3", "--config.epochs=7", source=source)
     assert (config.epochs, config.batch_size) == (7, 4)
 
 
-def test_of_a_key_of_several_values_too_the_last_counts(parsed):
+def test_last_command_line_value_replaces_whole_tuple(parse_config):
     source = "def get_config(): return {'seeds': (4, 5)}"
-    config = parsed("--config.seeds=0,1", "--config.epochs=3", "--config.seeds=2", source=source)
+    config = parse_config(
+        "--config.seeds=0,1", "--config.epochs=3", "--config.seeds=2", source=source
+    )
     assert (config.seeds, config.epochs) == ((2,), 3)
 
 
-def test_what_follows_the_colon_is_the_recipes_argument(parsed):
+def test_text_after_colon_is_argument_of_get_config(parse_config):
     source = "def get_config(task='sst2'): return {'task': task}"
-    assert parsed(source=source).task == "sst2"
-    assert parsed(source=source, argument=":mrpc").task == "mrpc"
+    assert parse_config(source=source).task == "sst2"
+    assert parse_config(source=source, argument=":mrpc").task == "mrpc"
 
 
 @pytest.mark.parametrize("argument", ["", ":mrpc"])
-def test_the_path_of_a_config_file_may_contain_a_colon(argument, tmp_path):
+def test_config_file_path_may_contain_a_colon(argument, tmp_path):
     path = tmp_path / "a:b" / "own.py"
     path.parent.mkdir()
     path.write_text("def get_config(task='sst2'): return {'task': task}")
@@ -352,7 +351,7 @@ def test_the_path_of_a_config_file_may_contain_a_colon(argument, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("recipe", "task"),
+    ("file_name", "task"),
     [
         ("glue.py", "sst2"),
         ("glue.py:mrpc", "mrpc"),
@@ -360,13 +359,13 @@ def test_the_path_of_a_config_file_may_contain_a_colon(argument, tmp_path):
         ("quickstart.py", "bbc_news"),
     ],
 )
-def test_the_shipped_recipes_are_valid(recipe, task, tmp_path):
-    path = Path(__file__).parents[1] / "configs" / recipe
+def test_shipped_config_files_are_valid(file_name, task, tmp_path):
+    path = Path(__file__).parents[1] / "configs" / file_name
     assert parse(["main", f"--config={path}", f"--workdir={tmp_path}"])[0].task == task
 
 
 @pytest.mark.parametrize(
-    ("argument", "words"),
+    ("argument", "message"),
     [
         ("--config.exitz=1", "unknown config key 'exitz': did you mean 'exits'?"),
         ("--config.exits[0]=1", "unknown config key 'exits[0]': did you mean 'exits'?"),
@@ -384,15 +383,15 @@ def test_the_shipped_recipes_are_valid(recipe, task, tmp_path):
         ("exits=1", "unknown argument 'exits=1'"),
     ],
 )
-def test_a_bad_argument_is_named(parsed, argument, words):
+def test_invalid_command_line_argument_is_named_in_one_line(parse_config, argument, message):
     with pytest.raises(UserError) as error:
-        parsed(argument)
-    assert words in str(error.value)
+        parse_config(argument)
+    assert message in str(error.value)
     assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
-    ("source", "words"),
+    ("source", "message"),
     [
         ("def get_config(): return {'exit': (1, 2)}", "did you mean 'exits'?"),
         ("def get_config(): raise ValueError('no luck')", "recipe.py': ValueError: no luck"),
@@ -404,45 +403,45 @@ def test_a_bad_argument_is_named(parsed, argument, words):
         ("def get_config(): return 3", "recipe.py'"),
     ],
 )
-def test_a_recipe_that_will_not_do_is_named_in_one_line(parsed, source, words):
+def test_invalid_config_file_is_named_in_one_line(parse_config, source, message):
     with pytest.raises(UserError) as error:
-        parsed(source=source)
-    assert words in str(error.value)
+        parse_config(source=source)
+    assert message in str(error.value)
     assert "\n" not in str(error.value)
 
 
-def test_an_argument_for_a_recipe_that_takes_none_is_an_error(parsed):
+def test_argument_for_get_config_without_parameters_is_refused(parse_config):
     with pytest.raises(UserError, match=r"recipe\.py': TypeError"):
-        parsed(argument=":mrpc")
+        parse_config(argument=":mrpc")
 
 
-def test_a_misspelt_flag_is_named():
+def test_misspelt_flag_is_refused():
     with pytest.raises(UserError, match="unknown argument '--workdr=x': pass FILE, a file of "):
         parse(["main", "--config=configs/quickstart.py", "--workdr=x"])
 
 
-@pytest.mark.parametrize("given", ["--config=configs/own.py", "--workdir=run", ""])
-def test_config_and_workdir_must_both_be_given(given):
+@pytest.mark.parametrize("arguments", ["--config=configs/own.py", "--workdir=run", ""])
+def test_config_and_workdir_are_required_together(arguments):
     with pytest.raises(UserError, match=r"pass FILE, .* or --config=FILE and --workdir=DIR"):
-        parse(["main", *given.split()])
+        parse(["main", *arguments.split()])
 
 
-def test_an_absent_recipe_is_named(tmp_path):
+def test_missing_config_file_is_named(tmp_path):
     with pytest.raises(UserError, match=r"config file '.*absent\.py' does not exist"):
         parse(["main", f"--config={tmp_path / 'absent.py'}", f"--workdir={tmp_path}"])
     with pytest.raises(UserError, match=r"config file '.*absent\.py' does not exist"):
         parse(["main", f"--config={tmp_path / 'absent.py'}"])
 
 
-def test_a_method_s_own_isolation_may_be_scheduled(monkeypatch):
-    opening = dataclasses.replace(METHODS["sweet"], name="opening", isolation=(1.0, 0.0))
-    monkeypatch.setitem(METHODS, "opening", opening)
-    config = from_mapping({"method": "opening", "isolation_schedule": "step"}).resolved()
+def test_isolation_schedule_applies_to_isolation_pair_of_method(monkeypatch):
+    scheduled = dataclasses.replace(METHODS["sweet"], name="scheduled", isolation=(1.0, 0.0))
+    monkeypatch.setitem(METHODS, "scheduled", scheduled)
+    config = from_mapping({"method": "scheduled", "isolation_schedule": "step"}).resolved()
     assert config.isolation == (1.0, 0.0)
 
 
-def test_an_entry_of_a_table_is_all_that_a_name_needs(monkeypatch):
-    """A method, an objective with its metric and policy, and a policy, from another package."""
+def test_registered_method_objective_metric_and_policy_are_accepted(monkeypatch):
+    """Another package adds them to the tables; config keys and their reference then have them."""
     score = dataclasses.replace(OBJECTIVES["single_label"].metrics[0], name="own_score")
     monkeypatch.setitem(METHODS, "own", dataclasses.replace(METHODS["sweet"], name="own"))
     monkeypatch.setitem(

@@ -1,4 +1,4 @@
-"""Training steps compiled by XLA for NVIDIA GPUs that are not there."""
+"""Training steps that XLA compiles for NVIDIA GPUs, on a machine that needs none."""
 
 import importlib.util
 import shutil
@@ -21,18 +21,18 @@ pytestmark = [
     ("method", "replicas", "dtype"),
     [("sweet", 2, "bfloat16"), ("early_exit", 1, "float32"), ("multi_model", 4, "bfloat16")],
 )
-def test_a_step_of_each_method(method, replicas, dtype):
+def test_training_step_of_each_method_compiles_with_expected_exchange(method, replicas, dtype):
     shape = shape_of("bert", (2,) if method == "multi_model" else (1, 2))
     devices = cuda_programs.describe_devices(4)
-    found = tpu_programs.compile_training_step(shape, method, SIZE, dtype, devices, replicas)
-    check_step(found, shape, replicas, dtype, joined=True)
+    compiled = tpu_programs.compile_training_step(shape, method, SIZE, dtype, devices, replicas)
+    check_step(compiled, shape, replicas, dtype, joined=True)
 
 
-def test_groups_of_segment_parallel_training():
+def test_segment_groups_compile_without_exchange_between_groups():
     shape = shape_of("bert")
     devices = cuda_programs.describe_devices(4)
-    found = tpu_programs.compile_segment_groups(shape, SIZE, "bfloat16", devices)
-    check_update(found, shape, joined=True)
-    for each in found:
-        assert each.exchanged == []
-        assert narrow_products(each.text) > 0.9
+    groups = tpu_programs.compile_segment_groups(shape, SIZE, "bfloat16", devices)
+    check_update(groups, shape, joined=True)
+    for group in groups:
+        assert group.exchanged == []
+        assert narrow_products(group.text) > 0.9

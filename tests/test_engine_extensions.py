@@ -1,4 +1,4 @@
-"""Engines, trackers and file formats of other packages and modules, through the commands."""
+"""Engines, trackers and file formats that other packages add, through the commands."""
 
 import csv
 import json
@@ -37,17 +37,17 @@ pytestmark = pytest.mark.usefixtures("restored_logging", "restored_tables")
 
 @pytest.fixture
 def restored_tables():
-    """Removes from the tables what a test has added."""
-    before = [(table, dict(table)) for table in (ENGINES, TRACKERS, READERS)]
+    """Restores the tables after a test has added to them."""
+    saved = [(table, dict(table)) for table in (ENGINES, TRACKERS, READERS)]
     yield
-    for table, entries in before:
+    for table, entries in saved:
         table.clear()
         table.update(entries)
 
 
 @pytest.fixture
 def model(sweet, tmp_path, monkeypatch) -> Path:
-    """A copy of the model, to which measured times can be written."""
+    """Returns a copy of the model, into which measured times can be written."""
     monkeypatch.setattr("sweet_jax.inference.latency._SECONDS", 0.0)
     monkeypatch.setattr("sweet_jax.predict.measured_lengths", lambda model: (model.max_length,))
     folder = tmp_path / "model"
@@ -56,7 +56,7 @@ def model(sweet, tmp_path, monkeypatch) -> Path:
 
 
 def set_times(folder: Path, **milliseconds: float) -> None:
-    """Writes times by engine, and others for the rest, in the place of those of this machine."""
+    """Replaces the measured times by the given ones, and those of other engines by 9 ms."""
     values = json.loads((folder / "clock.json").read_text())
     for row in values["rows"]:
         value = milliseconds.get(row["engine"].partition(":")[0], 9.0)
@@ -65,8 +65,8 @@ def set_times(folder: Path, **milliseconds: float) -> None:
 
 
 @pytest.mark.slow
-def test_an_engine_named_by_reference_is_timed_and_not_the_default(model, sweet, tmp_path, capsys):
-    """The file of the times, which comes with a model, must not make a process import code."""
+def test_referenced_engine_is_measured_but_never_default(model, sweet, tmp_path, capsys):
+    """The file of measured times belongs to a model and must not make a process import code."""
     assert predict.main([f"--model={model}", "--measure", "--batch_size=1"]) == 0
     options = ["--measure", "--batch_size=1", f"--engine={REFERENCE}"]
     assert predict.main([f"--model={model}", *options]) == 0
@@ -80,7 +80,7 @@ def test_an_engine_named_by_reference_is_timed_and_not_the_default(model, sweet,
 
 
 @pytest.mark.parametrize(
-    ("times", "default", "named"),
+    ("times", "default", "others"),
     [
         ({}, "jax", "onnxruntime, own is installed too"),
         ({"onnxruntime": 1.0}, "jax", "onnxruntime, own is installed too"),
@@ -88,16 +88,18 @@ def test_an_engine_named_by_reference_is_timed_and_not_the_default(model, sweet,
         ({"onnxruntime": 2.0, "own": 1.0}, "own", "; jax is installed too"),
     ],
 )
-def test_engines_that_were_not_measured_are_named(model, monkeypatch, times, default, named):
+def test_default_engine_description_names_unmeasured_engines(
+    model, monkeypatch, times, default, others
+):
     monkeypatch.setattr("sweet_jax.inference.engine_choice._measured_times", lambda *_: times)
     monkeypatch.setitem(ENGINES, "own", own_extension.ENGINE)
-    described = describe_default(open_model(model))
-    assert described.startswith(f"engine: {default}, float32 (")
-    assert named in described
+    description = describe_default(open_model(model))
+    assert description.startswith(f"engine: {default}, float32 (")
+    assert others in description
 
 
 @pytest.mark.slow
-def test_an_assigned_engine_is_timed_with_the_others(model, monkeypatch):
+def test_registered_engine_is_measured_and_can_be_default(model, monkeypatch):
     ENGINES["own"] = own_extension.ENGINE
     assert predict.main([f"--model={model}", "--measure", "--precision=float32"]) == 0
     rows = json.loads((model / "clock.json").read_text())["rows"]
@@ -110,20 +112,20 @@ def test_an_assigned_engine_is_timed_with_the_others(model, monkeypatch):
 
 
 @pytest.mark.parametrize("measure", [True, False])
-def test_a_precision_that_an_engine_lacks_is_refused_by_its_name(model, tmp_path, measure, capsys):
+def test_unsupported_precision_is_refused_with_alternatives(model, tmp_path, measure, capsys):
     (tmp_path / "in.txt").write_text("word1 word2\n")
     files = [f"--input={tmp_path / 'in.txt'}", f"--output={tmp_path / 'out.jsonl'}"]
     options = [f"--engine={REFERENCE}", "--precision=bfloat16"]
-    more = ["--measure"] if measure else files
-    assert predict.main([f"--model={model}", *options, *more]) == 2
-    wanted = (
+    mode = ["--measure"] if measure else files
+    assert predict.main([f"--model={model}", *options, *mode]) == 2
+    expected = (
         f"error: the {REFERENCE} engine does not support precision 'bfloat16': choose engine jax "
         "with float32 or bfloat16, or onnxruntime with float32 or int8"
     )
-    assert capsys.readouterr().err.startswith(wanted)
+    assert capsys.readouterr().err.startswith(expected)
 
 
-def test_why_no_engine_runs_a_model_is_said(model, monkeypatch, capsys):
+def test_measure_reports_why_no_engine_runs_the_model(model, monkeypatch, capsys):
     for name in ("jax", "onnxruntime"):
         del ENGINES[name]
     ENGINES["own"] = own_extension.ENGINE
@@ -135,7 +137,7 @@ def test_why_no_engine_runs_a_model_is_said(model, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("name", ["nowhere:ENGINE", "own_extension:Lines"])
-def test_a_reference_that_is_no_engine_is_one_line(model, name, capsys):
+def test_invalid_engine_reference_is_refused_in_one_line(model, name, capsys):
     assert predict.main([f"--model={model}", "--measure", f"--engine={name}"]) == 2
     error = capsys.readouterr().err
     assert error.startswith(f"error: engine {name!r}")
@@ -143,8 +145,8 @@ def test_a_reference_that_is_no_engine_is_one_line(model, name, capsys):
 
 
 @pytest.mark.slow
-def test_a_table_of_times_of_an_earlier_version_is_read(model):
-    """Such as of an engine that this process does not know."""
+def test_measured_times_of_unknown_engines_are_ignored(model):
+    """Another version may have written times of an engine that this process does not know."""
     assert predict.main([f"--model={model}", "--measure", "--engine=jax"]) == 0
     values = json.loads((model / "clock.json").read_text())
     values["rows"] += [row | {"engine": "former"} for row in values["rows"]]
@@ -152,17 +154,17 @@ def test_a_table_of_times_of_an_earlier_version_is_read(model):
     assert default_engine(open_model(model)) == "jax"
 
 
-def test_an_installed_extension_is_found_by_its_entry_point(model, sweet, tmp_path):
-    """Its engine serves `predict`, and its format is read, in a process that nobody prepared."""
-    about = tmp_path / "site" / "own-1.0.dist-info"
-    about.mkdir(parents=True)
-    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: own\nVersion: 1.0\n")
-    (about / "entry_points.txt").write_text(ENTRY_POINTS)
+def test_installed_extension_is_found_by_entry_point(model, sweet, tmp_path):
+    """`predict` uses its engine and reads its format in a new process."""
+    metadata = tmp_path / "site" / "own-1.0.dist-info"
+    metadata.mkdir(parents=True)
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: own\nVersion: 1.0\n")
+    (metadata / "entry_points.txt").write_text(ENTRY_POINTS)
     (tmp_path / "in.own").write_text("".join(f"1|{text}\n" for text in sweet.texts[:9]))
-    paths = os.pathsep.join(map(str, (about.parent, ROOT / "tests", ROOT)))
+    paths = os.pathsep.join(map(str, (metadata.parent, ROOT / "tests", ROOT)))
     options = [f"--input={tmp_path / 'in.own'}", f"--output={tmp_path / 'out.jsonl'}"]
     options += ["--engine=own", "--policy=raw_confidence", "--threshold=0.6"]
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-m", "sweet_jax.predict", f"--model={model}", *options],
         env=os.environ | {"PYTHONPATH": paths},
         cwd=tmp_path,
@@ -170,24 +172,26 @@ def test_an_installed_extension_is_found_by_its_entry_point(model, sweet, tmp_pa
         text=True,
         check=False,
     )
-    assert done.returncode == 0, done.stderr
+    assert process.returncode == 0, process.stderr
     assert len((tmp_path / "out.jsonl").read_text().splitlines()) == 9
 
 
 @pytest.mark.slow
-def test_a_training_on_a_format_and_with_trackers_of_ones_own(
+def test_train_uses_registered_reader_trackers_and_engine(
     rows, tiny_run, tmp_path, one_device, monkeypatch, capsys
 ):
     monkeypatch.setattr("sweet_jax.inference.latency._SECONDS", 0.0)
     READERS[".own"], TRACKERS["lines"] = own_extension.READER, own_extension.Lines
     ENGINES["own"] = own_extension.ENGINE
     with rows.open() as file:
-        written = [(row["label"], row["text"]) for row in csv.DictReader(file)]
-    first = written[0][0]
-    lines = (f"{'true' if label == first else 'false'}|{text}\n" for label, text in written)
+        labeled_texts = [(row["label"], row["text"]) for row in csv.DictReader(file)]
+    first_label = labeled_texts[0][0]
+    lines = (
+        f"{'true' if label == first_label else 'false'}|{text}\n" for label, text in labeled_texts
+    )
     (tmp_path / "rows.own").write_text("".join(lines))
-    taken = ("checkpoint", "exits", "learning_rates", "max_length", "batch_size", "pooling")
-    changes = {k: tiny_run[k] for k in taken} | {"epochs": 1, "head_init": "random"}
+    shared = ("checkpoint", "exits", "learning_rates", "max_length", "batch_size", "pooling")
+    changes = {k: tiny_run[k] for k in shared} | {"epochs": 1, "head_init": "random"}
     changes |= {"head_refit": False, "baselines": "none", "evaluation_batch_size": 16}
     changes |= {"clip_norm": "inf", "log_to": "tensorboard,lines,own_extension:Lines"}
     values = {k: ",".join(map(str, v)) if isinstance(v, tuple) else v for k, v in changes.items()}
@@ -195,11 +199,11 @@ def test_a_training_on_a_format_and_with_trackers_of_ones_own(
     folder = tmp_path / "run"
     assert cli.main(["train", str(tmp_path / "rows.own"), f"--output={folder}", *keys]) == 0
     exits = json.loads((folder / "model" / "exits.json").read_text())
-    assert exits["classes"] == ["False", "True"]  # as of booleans in JSON
+    assert exits["classes"] == ["False", "True"]  # like booleans in JSON
     logged = (folder / "own_tracker.txt").read_text().splitlines()
     (loss,) = {line.split()[1] for line in logged if f"loss/exit_{exits['layers'][0]}/" in line}
     assert loss.endswith("/replica_0")
-    assert logged.count("attached True") == 2  # both of the names
+    assert logged.count("attached True") == 2  # for "lines" and for the reference
     assert list((folder / "tensorboard").iterdir())
     measured = json.loads((folder / "model" / "clock.json").read_text())["rows"]
     assert {"jax", "own"} <= {row["engine"] for row in measured}
@@ -208,7 +212,7 @@ def test_a_training_on_a_format_and_with_trackers_of_ones_own(
     )
 
 
-def test_trackers_are_named_one_or_several():
+def test_log_to_accepts_known_trackers_and_refuses_unknown_ones():
     for names in ("wandb", "tensorboard,wandb", "mlflow, own_extension:Lines", "a:B"):
         assert Config(log_to=names).log_to == names
     assert from_mapping({"log_to": ["tensorboard", "wandb"]}).log_to == "tensorboard,wandb"
@@ -223,7 +227,7 @@ def test_trackers_are_named_one_or_several():
 
 
 @pytest.mark.parametrize(
-    ("name", "words"),
+    ("name", "message"),
     [
         ("own_extension:Nothing", "log_to 'own_extension:Nothing': AttributeError: "),
         ("own_extension:obstacle", "is not a tracker, since it has no method add"),
@@ -231,33 +235,33 @@ def test_trackers_are_named_one_or_several():
         ("own_extension:NeedsPackage", "requires the package no_such_package: pip install no-such"),
     ],
 )
-def test_what_is_no_tracker_is_refused_at_once(name, words, tmp_path):
-    with pytest.raises(UserError, match=words):
+def test_invalid_tracker_reference_is_refused_before_run_starts(name, message, tmp_path):
+    with pytest.raises(UserError, match=message):
         run(from_mapping({"log_to": f"tensorboard,{name}"}), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
-def test_a_format_of_ones_own_is_read_as_the_others(tmp_path):
+def test_registered_reader_yields_values_positions_and_type_errors(tmp_path):
     READERS[".own"] = own_extension.READER
     path = tmp_path / "rows.own"
     path.write_text("1|a\n2.5|b\n")
     records = list(read_records(path, Columns(("text",), "label")))
     assert [record.values for record in records] == [("a", "1.0"), ("b", "2.5")]
     assert records[-1].position == last_position(path) == 2
-    path.write_text("1|a\ntrue|b\n")  # not of the type of the first
+    path.write_text("1|a\ntrue|b\n")  # of another type than the first
     *_, last = read_records(path, Columns(("text",), "label"))
     assert last.error == "column 'label' is True, not of the type of the first, 1.0"
     assert [r.values for r in read_records(path, Columns(("text",)))] == [("a",), ("b",)]
 
 
-def test_an_error_of_the_reader_is_one_line(tmp_path, model, capsys):
+def test_registered_reader_refuses_bad_rows_output_and_compression(tmp_path, model, capsys):
     READERS[".own"] = own_extension.READER
     path = tmp_path / "rows.own"
     path.write_text("1|a\nb\n")
     files = [f"--input={path}", f"--output={tmp_path / 'out.jsonl'}"]
     assert predict.main([f"--model={model}", *files]) == 2
-    wanted = f"error: could not read {str(path)!r}: line 2 has no bar\n"
-    assert capsys.readouterr().err.endswith(wanted)
+    expected = f"error: could not read {str(path)!r}: line 2 has no bar\n"
+    assert capsys.readouterr().err.endswith(expected)
     assert predict.main([f"--model={model}", files[0], f"--output={tmp_path / 'out.own'}"]) == 2
     assert "a format that predictions are not written in" in capsys.readouterr().err
     path.rename(tmp_path / "rows.own.gz")  # `open_text` would not decompress it

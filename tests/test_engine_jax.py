@@ -1,4 +1,4 @@
-"""What the JAX engine computes beside logits, and the parts that it splits batches into."""
+"""Confidences of the JAX engine, its splitting of batches, and its compilation."""
 
 import itertools
 import time
@@ -18,14 +18,16 @@ from sweet_jax.inference.engine import PLAIN_POLICIES, load_engine, padded_lengt
 from sweet_jax.inference.plain_confidences import plain_complement, plain_complements
 
 
-def row_by_row(logits, temperatures):
+def complements_by_row(logits, temperatures):
     pairs = list(zip(logits.tolist(), temperatures.tolist(), strict=True))
     return np.asarray([[plain_complement(p, *pair) for p in PLAIN_POLICIES] for pair in pairs])
 
 
-@pytest.mark.parametrize("compute", [jax.jit(plain_complements), plain_complements, row_by_row])
+@pytest.mark.parametrize(
+    "compute", [jax.jit(plain_complements), plain_complements, complements_by_row]
+)
 @pytest.mark.parametrize("classes", [2, 5])
-def test_confidences_of_an_engine_are_those_of_the_policies(classes, compute):
+def test_plain_complements_equal_policy_confidences(classes, compute):
     rng = np.random.default_rng(0)
     logits = rng.normal(size=(200, classes)) * 10.0 ** rng.uniform(-3, 2, (200, 1))
     logits = logits.astype(np.float32)
@@ -34,19 +36,19 @@ def test_confidences_of_an_engine_are_those_of_the_policies(classes, compute):
     for temperature in (0.5, 1.0, 7.0, np.nan):
         fitted = np.full(len(logits), temperature, np.float32)
         with np.errstate(all="ignore"):
-            found = np.asarray(compute(logits, fitted))
-        given = PolicyInput(logits[None], None, Calibrator(np.asarray([temperature])))
+            complements = np.asarray(compute(logits, fitted))
+        policy_input = PolicyInput(logits[None], None, Calibrator(np.asarray([temperature])))
         for column, name in enumerate(PLAIN_POLICIES):
             with np.errstate(invalid="ignore"):
-                (wanted,) = POLICIES[name].confidences(given)
-            ours = 1 - found[:, column].astype(np.float64)
-            np.testing.assert_array_equal(np.isnan(ours), np.isnan(wanted))
-            known = ~np.isnan(wanted)
-            np.testing.assert_allclose(ours[known], wanted[known], rtol=0, atol=2e-6)
-            assert (ours[known] <= BELOW_ONE).all()
+                (expected,) = POLICIES[name].confidences(policy_input)
+            actual = 1 - complements[:, column].astype(np.float64)
+            np.testing.assert_array_equal(np.isnan(actual), np.isnan(expected))
+            defined = ~np.isnan(expected)
+            np.testing.assert_allclose(actual[defined], expected[defined], rtol=0, atol=2e-6)
+            assert (actual[defined] <= BELOW_ONE).all()
             # Near 1 the distance to 1 counts.
-            sure = known & (1 - wanted < 1e-3) & (1 - wanted > 1e-12)
-            np.testing.assert_allclose(1 - ours[sure], 1 - wanted[sure], rtol=1e-3)
+            near_one = defined & (1 - expected < 1e-3) & (1 - expected > 1e-12)
+            np.testing.assert_allclose(1 - actual[near_one], 1 - expected[near_one], rtol=1e-3)
 
 
 @given(
@@ -55,7 +57,7 @@ def test_confidences_of_an_engine_are_those_of_the_policies(classes, compute):
     length=st.sampled_from(padded_lengths(512)),
     platform=st.sampled_from(["cpu", "gpu"]),
 )
-def test_parts_hold_a_batch_and_are_few_and_nearly_full(count, largest, length, platform):
+def test_split_of_batch_has_few_sizes_and_nearly_full_parts(count, largest, length, platform):
     splitting = Splitting.on(platform)
     sizes = splitting.sizes(largest, length)
     parts = splitting.split(min(count, largest), sizes)
@@ -70,26 +72,26 @@ def test_parts_hold_a_batch_and_are_few_and_nearly_full(count, largest, length, 
         assert len(parts) == 1
 
 
-def test_warm_up_compiles_a_third_of_the_programs_there_were():
-    """320: four exits, batches of up to 32 in 8 sizes, 10 lengths up to 128 tokens."""
+def test_splitting_needs_at_most_a_third_of_the_programs():
+    """Without splitting there are 320: 4 exits, 8 batch sizes up to 32, 10 lengths up to 128."""
     splitting = Splitting(512, 0.6)
     pairs = [size for length in padded_lengths(128) for size in splitting.sizes(32, length)]
     assert 4 * len(pairs) <= 320 / 3
 
 
 @given(tokens=st.lists(st.integers(1, 60), min_size=1, max_size=40), most=st.integers(1, 200))
-def test_parts_by_length_hold_every_text_once_and_fit(tokens, most):
+def test_split_by_length_covers_texts_once_within_token_limit(tokens, most):
     lengths = np.asarray(tokens)
     parts = split_by_length(lengths, most)
     assert sorted(np.concatenate(parts).tolist()) == list(range(len(tokens)))
     assert all(len(part) * lengths[part].max() <= most or len(part) == 1 for part in parts)
     # Shorter texts are in earlier parts, and no two neighbors would have been one part.
-    for one, following in itertools.pairwise(parts):
-        assert lengths[one].max() <= lengths[following].min()
-        assert (len(one) + 1) * lengths[following].min() > most
+    for part, next_part in itertools.pairwise(parts):
+        assert lengths[part].max() <= lengths[next_part].min()
+        assert (len(part) + 1) * lengths[next_part].min() > most
 
 
-def test_threads_compile_each_program_once(sweet, monkeypatch):
+def test_concurrent_threads_compile_program_once(sweet, monkeypatch):
     engine, lowered = load_engine("jax", sweet.classifier.model), []
 
     def lower(*program):

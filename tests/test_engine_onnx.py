@@ -1,4 +1,4 @@
-"""The ONNX Runtime engine: the answers of the one-pass JAX model."""
+"""The ONNX Runtime engine, compared with the one-pass JAX model."""
 
 import numpy as np
 import pytest
@@ -31,7 +31,7 @@ from sweet_jax.inference.onnx_segments import plan_segments
         *(pytest.param(k, "mean", marks=pytest.mark.slow) for k in ("deberta-v2", "modernbert")),
     ],
 )
-def test_answers_are_those_of_the_one_pass_model(tmp_path, kind, pooling):
+def test_predictions_and_logits_equal_one_pass_model(tmp_path, kind, pooling):
     saved = Saved(tmp_path, kind, pooling)
     check(saved, saved.confidence())
     pad_id = open_model(saved.folder).tokenizer.pad_token_id
@@ -40,7 +40,7 @@ def test_answers_are_those_of_the_one_pass_model(tmp_path, kind, pooling):
 
 
 @pytest.mark.parametrize("pooling", ["first", "mean"])
-def test_the_parts_of_a_batch_answer_as_the_whole(tmp_path, monkeypatch, pooling):
+def test_predictions_equal_one_pass_model_when_batches_are_split(tmp_path, monkeypatch, pooling):
     saved = Saved(tmp_path, "bert", pooling, learned=True)
     monkeypatch.setattr(engine_onnx, "tokens_of_part", lambda threads: 20)
     check(saved, saved.scores, policy="learning_to_exit", sizes=(8,))
@@ -48,13 +48,13 @@ def test_the_parts_of_a_batch_answer_as_the_whole(tmp_path, monkeypatch, pooling
 
 
 @pytest.mark.parametrize("multi", [False, True])
-def test_learning_to_exit_and_multi_model(tmp_path, multi):
+def test_learning_to_exit_predictions_equal_one_pass_model(tmp_path, multi):
     saved = Saved(tmp_path, "bert", learned=True, multi=multi)
     check(saved, saved.scores, policy="learning_to_exit")
     check(saved, saved.confidence(), sizes=(5,))
 
 
-def test_stages_that_compute_their_whole_layer(tmp_path):
+def test_stage_logits_equal_one_pass_model_at_different_exit_rates(tmp_path):
     saved = Saved(tmp_path, "bert", exits=(1, 3))
     engine = load_engine("onnxruntime", open_model(saved.folder))
     ids, _ = encode(open_model(saved.folder).tokenizer, [(t,) for t in saved.texts], LONGEST)
@@ -65,26 +65,27 @@ def test_stages_that_compute_their_whole_layer(tmp_path):
                 texts = np.stack([ids[row], np.zeros_like(ids[row])])[:, None]  # [2, 1, L]
                 rows = np.asarray([[2], [len(ids[row])]], np.int32)
                 batch = StageBatch(LONGEST, rows, texts if stage.embeds else None)
-                found = engine.run(stage, batch, states if stage.uses_states else None)
+                stage_output = engine.run(stage, batch, states if stage.uses_states else None)
                 np.testing.assert_allclose(
-                    found.logits[0], saved.logits[stage.exit, row], atol=1e-4
+                    stage_output.logits[0], saved.logits[stage.exit, row], atol=1e-4
                 )
-                assert not states[:2].any(), "the slots of others stay as they were"
+                assert not states[:2].any(), "slots of other texts were changed"
 
 
-def test_a_text_that_diverges_leaves_nothing_in_its_slot(tmp_path):
+def test_stage_overwrites_nonfinite_states_of_reused_slot(tmp_path):
     saved = Saved(tmp_path, "bert")
     engine = load_engine("onnxruntime", open_model(saved.folder))
     states = engine.new_states(1, LONGEST)
     states[:] = np.nan
-    writes = [stage for stage in engine.stages(exit_rates=(0.0, 0.0, 1.0)) if stage.writes_states]
+    stages = engine.stages(exit_rates=(0.0, 0.0, 1.0))
+    stage = next(stage for stage in stages if stage.writes_states)
     texts = np.full((2, 1, 4), 7, np.int32)
     texts[1] = 0
-    engine.run(writes[0], StageBatch(LONGEST, np.asarray([[0], [4]], np.int32), texts), states)
+    engine.run(stage, StageBatch(LONGEST, np.asarray([[0], [4]], np.int32), texts), states)
     assert np.isfinite(states).all()
 
 
-def test_no_layer_is_in_two_segments():
+def test_segments_cover_each_layer_once():
     plan = plan_segments((1, 2, 4, 6), first_only=True)
     layers = [layer for s in plan for layer in range(s.start, s.end + 1)]
     assert layers == [1, 2, 3, 4, 5, 6]
@@ -93,7 +94,7 @@ def test_no_layer_is_in_two_segments():
     assert len(plan_segments((1, 2, 4, 6), first_only=False)) == 4
 
 
-def test_what_the_engine_cannot_do_is_refused(sweet):
+def test_unsupported_engine_options_are_refused(sweet):
     model = sweet.classifier.model
     with pytest.raises(UserError, match="does not support precision 'bfloat16': choose engine jax"):
         load_engine("onnxruntime", model, "bfloat16")
@@ -104,23 +105,24 @@ def test_what_the_engine_cannot_do_is_refused(sweet):
 
 
 @pytest.mark.parametrize(
-    "run", ["sweet", pytest.param("multi_model", marks=pytest.mark.slow), "mean_pooled"]
+    "fixture", ["sweet", pytest.param("multi_model", marks=pytest.mark.slow), "mean_pooled"]
 )
-def test_trained_models_answer_as_with_jax(run, request):
-    reference: Reference = request.getfixturevalue(run)
+def test_predictions_of_trained_models_equal_one_pass_outputs(fixture, request):
+    reference: Reference = request.getfixturevalue(fixture)
     classifier = AdaptiveClassifier.from_pretrained(
         reference.classifier.model.folder, engine="onnxruntime", threads=1
     )
     assert isinstance(classifier.engine, OnnxEngine)
-    exits, probabilities, close = reference.answers(classifier)
-    found = classifier.predict(reference.texts, 4)
-    wanted = np.asarray(classifier.layers)[exits]
-    assert (found.exits == wanted)[~close].all()
-    np.testing.assert_allclose(found.probabilities[~close], probabilities[~close], atol=1e-4)
+    exits, probabilities, near_threshold = reference.answers(classifier)
+    predictions = classifier.predict(reference.texts, 4)
+    expected_exits = np.asarray(classifier.layers)[exits]
+    clear = ~near_threshold
+    assert (predictions.exits == expected_exits)[clear].all()
+    np.testing.assert_allclose(predictions.probabilities[clear], probabilities[clear], atol=1e-4)
     assert classifier.warm_up() == 0
 
 
-def test_latency_is_measured_and_names_the_engine(sweet):
+def test_latency_table_has_positive_times_and_names_engine(sweet):
     engine = load_engine("onnxruntime", sweet.classifier.model, threads=1)
     choice = EngineChoice("onnxruntime", "float32")
     table = measure_latency(engine, choice, (16,), [2], lambda: None)
@@ -129,5 +131,5 @@ def test_latency_is_measured_and_names_the_engine(sweet):
     assert "1 thread" in table.machine
 
 
-def test_threads_are_physical_cores_by_default():
+def test_physical_cores_is_at_least_one():
     assert physical_cores() >= 1

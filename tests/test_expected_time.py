@@ -1,38 +1,38 @@
-"""The expected time of a run, from a few steps that compiled nothing."""
+"""The estimate of the training time, from steps that did not wait for compilation."""
 
 import pytest
 
 from sweet_jax.training.expected_time import ExpectedTime
 
 
-def spend(expected: ExpectedTime, now: list[float], lengths: list[int], lag: int) -> list[str]:
-    """What is said of steps that take 0.1 s for 16 tokens, and 30 s more where a length is new."""
-    seen, late, said = set(), [], []
+def run_steps(expected: ExpectedTime, now: list[float], lengths: list[int], lag: int) -> list[str]:
+    """Returns the messages of steps of 0.1 s for 16 tokens, and 30 s more for a new length."""
+    compiled, pending, messages = set(), [], []
     for length in lengths:
-        now[0] += 0 if length in seen else 30  # compiling
-        seen.add(length)
+        now[0] += 0 if length in compiled else 30  # compiling
+        compiled.add(length)
         expected.dispatched(length, lag)
-        late.append(length)
-        while len(late) > lag:
-            now[0] += 0.1 * late[0] / 16
-            said.append(expected.done(late.pop(0)))
-    return [text for text in said if text]
+        pending.append(length)
+        while len(pending) > lag:
+            now[0] += 0.1 * pending[0] / 16
+            messages.append(expected.done(pending.pop(0)))
+    return [text for text in messages if text]
 
 
 @pytest.mark.parametrize("lag", [0, 1])
-def test_steps_that_compile_are_not_counted(lag):
+def test_expected_time_excludes_steps_that_compile(lag):
     now = [0.0]
     expected = ExpectedTime(1000, 500.0, lambda: now[0])
     lengths = [16, 16, 32, 16, 16, 32, 32, 16, 16, 32, 16, 32, 16, 32]
-    (said,) = spend(expected, now, lengths, lag)
-    assert spend(expected, now, lengths, lag) == []
-    # About 1,490 steps of 0.14 s; those whose length was new took 30 s.
-    assert said.startswith("expected training time: about 3.")
-    assert " minutes, at 0.1" in said
+    (message,) = run_steps(expected, now, lengths, lag)
+    assert run_steps(expected, now, lengths, lag) == []
+    # About 1,490 steps of 0.14 s; only the first of each length takes 30 s more.
+    assert message.startswith("expected training time: about 3.")
+    assert " minutes, at 0.1" in message
 
 
-def test_nothing_is_said_where_it_was_said_before():
+def test_expected_time_is_reported_once_or_not_at_all():
     now = [0.0]
-    assert spend(ExpectedTime(1000, None, lambda: now[0]), now, [16] * 30, 1) == []
-    (said,) = spend(ExpectedTime(100, 0.0, lambda: now[0]), now, [16] * 30, 1)
-    assert said.startswith("expected training time: about 9 seconds, at 0.1 s per step")
+    assert run_steps(ExpectedTime(1000, None, lambda: now[0]), now, [16] * 30, 1) == []
+    (message,) = run_steps(ExpectedTime(100, 0.0, lambda: now[0]), now, [16] * 30, 1)
+    assert message.startswith("expected training time: about 9 seconds, at 0.1 s per step")

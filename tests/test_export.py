@@ -1,4 +1,4 @@
-"""A saved model outside its Python: exported, with its card, on the hub."""
+"""The exported JAX program, the model card, and uploads to the hub."""
 
 import ast
 import dataclasses
@@ -20,7 +20,7 @@ from sweet_jax.objectives import SINGLE_LABEL
 
 
 def load_runner(folder: Path):
-    """run.py of an exported folder, which needs nothing but jax and numpy."""
+    """Returns run.py of an exported folder as a module; it needs nothing but jax and numpy."""
     spec = importlib.util.spec_from_file_location("exported_run", folder / "run.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -31,72 +31,72 @@ def load_runner(folder: Path):
     return module
 
 
-def refused(folder: Path, monkeypatch, capsys, *arguments) -> str:
-    """Returns what run.py of an exported folder says as it refuses its arguments."""
+def read_refusal(folder: Path, monkeypatch, capsys, *arguments) -> str:
+    """Returns the error output of run.py of an exported folder for arguments that it refuses."""
     capsys.readouterr()
     monkeypatch.setattr(sys, "argv", ["run.py", *map(str, arguments)])
-    with pytest.raises(SystemExit) as ended:
+    with pytest.raises(SystemExit) as stop:
         runpy.run_path(str(folder / "run.py"), run_name="__main__")
-    printed = capsys.readouterr()
-    assert (ended.value.code, printed.out) == (2, "")
-    return printed.err
+    captured = capsys.readouterr()
+    assert (stop.value.code, captured.out) == (2, "")
+    return captured.err
 
 
 @pytest.mark.parametrize(
     "method",
     ["sweet", *(pytest.param(m, marks=pytest.mark.slow) for m in ("multi_model", "mean_pooled"))],
 )
-def test_an_exported_model_gives_the_same_answers(method, request, tmp_path, monkeypatch, capsys):
+def test_exported_program_predicts_as_classifier_and_refuses_bad_input(
+    method, request, tmp_path, monkeypatch, capsys
+):
     reference = request.getfixturevalue(method)
     model = reference.classifier.model
-    confidence = exit_confidences(reference.outputs, "confidence", [model.resolver.calibrator])[
-        0, 0
-    ]
-    threshold = float(np.median(confidence)) + 1e-3
-    wanted = reference.classifier.at("confidence", threshold=threshold).predict(
-        reference.texts, 8, "latency"
-    )
+    fitted = [model.resolver.calibrator]
+    confidences = exit_confidences(reference.outputs, "confidence", fitted)[0]  # [E, N]
+    threshold = float(np.median(confidences[0])) + 1e-3
+    classifier = reference.classifier.at("confidence", threshold=threshold)
+    expected = classifier.predict(reference.texts, 8, "latency")
     folder = tmp_path / "exported"
     arguments = [f"--model={model.folder}", f"--output={folder}", f"--threshold={threshold}"]
     assert export.main([*arguments, "--policy=confidence"]) == 0
     ids, _ = encode(model.tokenizer, [(t,) for t in reference.texts], 32)
     tokens = np.asarray([len(row) for row in ids], np.int32)
     padded = np.zeros((2, len(ids), 32), np.int32)
-    for place, row in enumerate(ids):
-        padded[0, place, : len(row)] = row
-    given, probability, layer = load_runner(folder).predict(folder, *padded, tokens)
-    assert (layer == wanted.exits).all()
-    assert (np.asarray(model.classes)[given] == wanted.labels).all()
-    np.testing.assert_allclose(probability, wanted.probabilities.max(axis=1), atol=1e-5)
+    for number, row in enumerate(ids):
+        padded[0, number, : len(row)] = row
+    classes, probability, layer = load_runner(folder).predict(folder, *padded, tokens)
+    assert (layer == expected.exits).all()
+    assert (np.asarray(model.classes)[classes] == expected.labels).all()
+    np.testing.assert_allclose(probability, expected.probabilities.max(axis=1), atol=1e-5)
     np.savez(tmp_path / "tokens.npz", input_ids=padded[0], token_type_ids=padded[1], tokens=tokens)
     command = [sys.executable, "run.py", tmp_path / "tokens.npz"]
-    said = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stdout
-    answers = zip(given, probability, layer, strict=True)
+    process = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
+    answers = zip(classes, probability, layer, strict=True)
     lines = [f"{model.classes[c]} {p:.4f} {e}" for c, p, e in answers]
-    assert said.splitlines() == lines
-    assert "python run.py tokens.npz" in refused(folder, monkeypatch, capsys)
+    assert process.stdout.splitlines() == lines
+    assert "python run.py tokens.npz" in read_refusal(folder, monkeypatch, capsys)
     short = {"input_ids": padded[0][:, :-1], "token_type_ids": padded[1], "tokens": tokens}
     np.savez(tmp_path / "short.npz", **short)
     np.savez(tmp_path / "lacks.npz", input_ids=padded[0])
     (tmp_path / "junk.npz").write_text("junk")
-    for name, words in (
+    for name, message in (
         ("short.npz", "input_ids must have shape ["),
         ("lacks.npz", "the array token_type_ids is missing"),
         ("junk.npz", ""),
         ("absent.npz", "No such file"),
     ):
-        said = refused(folder, monkeypatch, capsys, tmp_path / name)
-        assert said.startswith(f"error: {tmp_path / name}: ")
-        assert words in said
-        assert said.count("\n") == 1
-    assert export.main([*arguments, "--policy=confidence"]) == 2  # it exists
+        stderr = read_refusal(folder, monkeypatch, capsys, tmp_path / name)
+        assert stderr.startswith(f"error: {tmp_path / name}: ")
+        assert message in stderr
+        assert stderr.count("\n") == 1
+    assert export.main([*arguments, "--policy=confidence"]) == 2  # the folder exists
     assert export.main([*arguments, "--policy=entropy"]) == 2
     assert "needs --policy=confidence or raw_confidence" in capsys.readouterr().err
 
 
-def test_an_objective_that_the_program_does_not_have_is_refused(sweet, tmp_path):
-    other = dataclasses.replace(SINGLE_LABEL, name="ordinal")
-    model = dataclasses.replace(sweet.classifier.model, objective=other)
+def test_export_refuses_unknown_objective(sweet, tmp_path):
+    ordinal = dataclasses.replace(SINGLE_LABEL, name="ordinal")
+    model = dataclasses.replace(sweet.classifier.model, objective=ordinal)
     classifier = AdaptiveClassifier(
         model, target={"threshold": 0.5}, engine=sweet.classifier.engine
     )
@@ -106,7 +106,7 @@ def test_an_objective_that_the_program_does_not_have_is_refused(sweet, tmp_path)
         export.export(classifier, classifier.engine, tmp_path / "exported", 16)
 
 
-def test_the_model_card_has_the_run_s_numbers(sweet):
+def test_model_card_has_metrics_of_run(sweet):
     folder = sweet.classifier.model.folder
     card = (folder / "README.md").read_text()
     results = json.loads((folder.parent / "results.json").read_text())
@@ -119,8 +119,8 @@ def test_the_model_card_has_the_run_s_numbers(sweet):
     assert "classes: class 0, class 1" in card
 
 
-def test_pushing_to_the_hub(sweet, monkeypatch):
-    """What the client is asked to do; no hub is at hand."""
+def test_push_to_hub_creates_repository_and_uploads_model(sweet, monkeypatch):
+    """The calls of the client are recorded instead of sent."""
     import huggingface_hub
 
     calls = []

@@ -1,4 +1,4 @@
-"""What runs an exported ONNX folder without sweet_jax, held to AdaptiveClassifier."""
+"""The programs of an exported ONNX folder, compared with AdaptiveClassifier."""
 
 import functools
 import http.server
@@ -28,107 +28,106 @@ from sweet_jax.inference.onnx_runners import POLICIES, write_runners
 
 
 def draw_texts(count: int) -> list[str]:
-    """The unusual texts, and random ones that no threshold was fitted on."""
+    """Returns unusual texts, and random ones on which no threshold was fitted."""
     rng = np.random.default_rng(5)
     rest = [" ".join(rng.choice(WORDS, rng.integers(1, 40))) for _ in range(count - len(UNUSUAL))]
     return [*UNUSUAL, *rest]
 
 
-def run_program(*command, given: str):
-    return subprocess.run(command, input=given, capture_output=True, text=True)
+@pytest.fixture
+def folder(onnx_model, tmp_path) -> Path:
+    """Returns a copy of the exported folder, for a test to change."""
+    return shutil.copytree(onnx_model, tmp_path / "model")
+
+
+def run_program(*command, stdin: str) -> subprocess.CompletedProcess:
+    return subprocess.run(command, input=stdin, capture_output=True, text=True)
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_python_follows_each_policy(sweet, onnx_model, tmp_path, policy):
-    folder = tmp_path / "model"
-    shutil.copytree(onnx_model, folder)
+def test_python_program_follows_each_policy(sweet, folder, policy):
     fitted = sweet.classifier.model.resolver.calibrator
     target = {"threshold": middle(exit_confidences(sweet.outputs, policy, [fitted])[0])}
     write_runners({"float32": open_model(folder)}, folder, policy, target)
     texts = [*UNUSUAL, *sweet.texts]
-    wanted = AdaptiveClassifier.from_pretrained(folder, policy=policy, **target).predict(texts)
-    assert len(set(wanted.exits)) > 1
-    assert_same(load_python(folder).Classifier(folder).predict(texts, 7), wanted)
+    expected = AdaptiveClassifier.from_pretrained(folder, policy=policy, **target).predict(texts)
+    assert len(set(expected.exits)) > 1
+    assert_same(load_python(folder).Classifier(folder).predict(texts, 7), expected)
 
 
 @pytest.mark.parametrize("program", ["python", pytest.param("node", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("policy", POLICIES)
-def test_an_exit_without_a_temperature(sweet, onnx_model, tmp_path, policy, program, request):
-    """No text leaves there by a policy that reads the temperature; by the others one may."""
-    folder = tmp_path / "model"
-    shutil.copytree(onnx_model, folder)
+def test_exit_without_temperature_is_skipped_by_calibrated_policies(
+    sweet, folder, policy, program, request
+):
+    """Policies that do not use the temperature let texts leave there."""
     values = json.loads((folder / "exits.json").read_text())
     values["dials"]["temperatures"][0] = None  # it diverged on a calibration row
     (folder / "exits.json").write_text(json.dumps(values))
     model = open_model(folder)
-    found = exit_confidences(sweet.outputs, policy, [model.resolver.calibrator])[0]
-    reads = policy not in ("raw_confidence", "learning_to_exit")
-    assert np.isneginf(found[0]).all() == reads
-    target = {"threshold": middle(found[1:] if reads else found)}
+    confidences = exit_confidences(sweet.outputs, policy, [model.resolver.calibrator])[0]
+    uses_temperature = policy not in ("raw_confidence", "learning_to_exit")
+    assert np.isneginf(confidences[0]).all() == uses_temperature
+    target = {"threshold": middle(confidences[1:] if uses_temperature else confidences)}
     write_runners({"float32": model}, folder, policy, target)
-    wanted = AdaptiveClassifier(model, policy, target).predict(sweet.texts)
-    leaves = np.concatenate([found[:-1] >= target["threshold"], np.ones((1, found.shape[1]), bool)])
-    assert wanted.exits.tolist() == np.asarray(model.layers)[leaves.argmax(axis=0)].tolist()
-    assert (2 in wanted.exits) != reads
+    expected = AdaptiveClassifier(model, policy, target).predict(sweet.texts)
+    leaves = confidences >= target["threshold"]
+    leaves[-1] = True
+    assert expected.exits.tolist() == np.asarray(model.layers)[leaves.argmax(axis=0)].tolist()
+    assert (2 in expected.exits) != uses_temperature
     if program == "python":
         answers = load_python(folder).Classifier(folder).predict(sweet.texts, 7)
     else:
         (folder / "node_modules").symlink_to(request.getfixturevalue("node_modules"))
-        given = "\n".join(map(json.dumps, sweet.texts))
-        printed = run_program("node", folder / "run.mjs", given=given).stdout
-        answers = list(map(json.loads, printed.splitlines()))
-    assert_same(answers, wanted)
+        stdin = "\n".join(map(json.dumps, sweet.texts))
+        stdout = run_program("node", folder / "run.mjs", stdin=stdin).stdout
+        answers = list(map(json.loads, stdout.splitlines()))
+    assert_same(answers, expected)
 
 
-def test_the_full_model_and_a_threshold_of_1(onnx_model, tmp_path):
-    folder = tmp_path / "model"
-    shutil.copytree(onnx_model, folder)
+def test_python_program_uses_last_exit_at_threshold_1_and_infinity(folder):
     for threshold in (1.0, math.inf):
         write_runners(
             {"float32": open_model(folder)}, folder, "confidence", {"threshold": threshold}
         )
         classifier = AdaptiveClassifier.from_pretrained(folder, threshold=threshold)
-        found = load_python(folder).Classifier(folder).predict(draw_texts(40))
-        assert_same(found, classifier.predict(draw_texts(40)))
-        assert {answer["exit"] for answer in found} == {classifier.layers[-1]}
+        answers = load_python(folder).Classifier(folder).predict(draw_texts(40))
+        assert_same(answers, classifier.predict(draw_texts(40)))
+        assert {answer["exit"] for answer in answers} == {classifier.layers[-1]}
 
 
-def test_the_command_of_python(onnx_model):
-    def run(*arguments, given):
-        return run_program(sys.executable, onnx_model / "run.py", *arguments, given=given)
+def test_python_command_prints_prediction_and_refuses_bad_input(onnx_model):
+    def run(*arguments, stdin):
+        return run_program(sys.executable, onnx_model / "run.py", *arguments, stdin=stdin)
 
-    answer = json.loads(run(given='"word0 word5"\n').stdout)
+    answer = json.loads(run(stdin='"word0 word5"\n').stdout)
     assert answer.keys() == {"label", "probability", "exit", "cost", "probabilities"}
-    for arguments, given, message in (
+    for arguments, stdin, message in (
         ((), '["a", "b"]', "error: row 1 must be a text; got ['a', 'b']"),
         (("int8",), '"a"', "error: this export has no precision 'int8': choose from float32"),
         ((), '"a"\n\njunk\n', "error: line 3 is not JSON: 'junk'"),
     ):
-        refused = run(*arguments, given=given)
-        assert refused.returncode == 2
-        assert refused.stderr.startswith(message)
-        assert refused.stderr.count("\n") == 1
+        process = run(*arguments, stdin=stdin)
+        assert process.returncode == 2
+        assert process.stderr.startswith(message)
+        assert process.stderr.count("\n") == 1
 
 
-def test_the_command_of_python_reads_and_prints_utf_8(onnx_model, tmp_path):
-    folder = tmp_path / "model"
-    shutil.copytree(onnx_model, folder)
-    about = json.loads((folder / "model.json").read_text())
-    about["classes"] = ["\N{SNOWMAN}" + name for name in about["classes"]]
-    (folder / "model.json").write_text(json.dumps(about))
-    done = subprocess.run(
+def test_python_command_reads_and_prints_utf_8(folder):
+    values = json.loads((folder / "model.json").read_text())
+    values["classes"] = ["\N{SNOWMAN}" + name for name in values["classes"]]
+    (folder / "model.json").write_text(json.dumps(values))
+    process = subprocess.run(
         [sys.executable, folder / "run.py"],
         input=b'"word0 caf\xc3\xa9"\n',
         capture_output=True,
         env=os.environ | {"PYTHONIOENCODING": "cp1252"},
         check=True,
     )
-    assert json.loads(done.stdout.decode("utf-8"))["label"] in about["classes"]
+    assert json.loads(process.stdout.decode("utf-8"))["label"] in values["classes"]
 
 
-def test_the_rows_that_python_reads(onnx_model, tmp_path):
-    folder = tmp_path / "model"
-    shutil.copytree(onnx_model, folder)
+def test_python_program_refuses_rows_of_wrong_type(folder):
     classifier = load_python(folder).Classifier(folder)
     assert classifier.predict([["word0"]]) == classifier.predict(["word0"])
     for row in (None, 1, [], [1], ["a", "b"]):
@@ -144,18 +143,16 @@ def test_the_rows_that_python_reads(onnx_model, tmp_path):
         classifier.predict([("a", "\udfff")])
 
 
-@pytest.mark.parametrize("damaged", ["tokenizer.json", "onnx/*.bin", "onnx/*.onnx"])
-def test_a_damaged_file_is_one_line(onnx_model, tmp_path, damaged):
-    folder = tmp_path / "model"
-    shutil.copytree(onnx_model, folder)
-    for path in folder.glob(damaged):
+@pytest.mark.parametrize("pattern", ["tokenizer.json", "onnx/*.bin", "onnx/*.onnx"])
+def test_python_command_reports_damaged_file_in_one_line(folder, pattern):
+    for path in folder.glob(pattern):
         os.truncate(path, 100)
-    refused = run_program(sys.executable, folder / "run.py", given='"a"')
-    assert refused.returncode == 2
-    assert re.fullmatch(r"error: cannot read '.*' \(.+\): export it again\n", refused.stderr)
+    process = run_program(sys.executable, folder / "run.py", stdin='"a"')
+    assert process.returncode == 2
+    assert re.fullmatch(r"error: cannot read '.*' \(.+\): export it again\n", process.stderr)
 
 
-def test_a_policy_that_the_programs_lack(sweet, tmp_path, capsys):
+def test_export_refuses_or_replaces_policy_that_programs_lack(sweet, tmp_path, capsys):
     folder = tmp_path / "model"
     shutil.copytree(sweet.classifier.model.folder, folder)
     values = json.loads((folder / "exits.json").read_text()) | {"policy": "patience"}
@@ -165,20 +162,20 @@ def test_a_policy_that_the_programs_lack(sweet, tmp_path, capsys):
     assert "--policy must be one of confidence, raw_confidence, " in capsys.readouterr().err
     assert export.main(options) == 0
     assert "do not implement the policy 'patience' and use 'confidence'" in capsys.readouterr().err
-    about = json.loads((tmp_path / "out" / "model.json").read_text())
-    assert about["policy"] == "confidence"
+    values = json.loads((tmp_path / "out" / "model.json").read_text())
+    assert values["policy"] == "confidence"
     assert open_model(tmp_path / "out").policy == "patience"
 
 
 @pytest.mark.parametrize("objective", ["multi_label", "regression"])
-def test_objectives_that_the_programs_lack(sweet, tmp_path, capsys, objective):
+def test_export_omits_programs_for_objective_that_they_lack(sweet, tmp_path, capsys, objective):
     folder, output = tmp_path / "model", tmp_path / "out"
     shutil.copytree(sweet.classifier.model.folder, folder)
     values = json.loads((folder / "exits.json").read_text()) | {"objective": objective}
     (folder / "exits.json").write_text(json.dumps(values))
     options = [f"--model={folder}", f"--output={output}", "--format=onnx"]
-    for more in ("--policy=confidence", "--cost=0.5"):
-        assert export.main([*options, more]) == 2
+    for option in ("--policy=confidence", "--cost=0.5"):
+        assert export.main([*options, option]) == 2
         assert f"do not implement objective='{objective}': remove" in capsys.readouterr().err
         assert not output.exists()
     assert export.main(options) == 0
@@ -189,22 +186,22 @@ def test_objectives_that_the_programs_lack(sweet, tmp_path, capsys, objective):
 
 @pytest.fixture(scope="module")
 def node_modules() -> Path:
-    """Node's packages, see `.ci/run`."""
+    """Returns the folder of Node's packages; CONTRIBUTING.md says which."""
     if not shutil.which("node"):
         pytest.skip("no Node.js on this machine")
     folder = Path(os.environ.get("SWEET_NODE_MODULES", "absent"))
     names = ("onnxruntime-node", "onnxruntime-web", "@huggingface/tokenizers")
-    if absent := [name for name in names if not (folder / name).exists()]:
-        pytest.skip(f"SWEET_NODE_MODULES names no folder with {', '.join(absent)}")
+    if missing := [name for name in names if not (folder / name).exists()]:
+        pytest.skip(f"SWEET_NODE_MODULES names no folder with {', '.join(missing)}")
     return folder.absolute()
 
 
-ROWS = [("roberta", "first", True), ("deberta-v2", "mean", False), ("mpnet", "pair", True)]
+EXPORTS = [("roberta", "first", True), ("deberta-v2", "mean", False), ("mpnet", "pair", True)]
 
 
-@pytest.fixture(scope="module", params=ROWS)
+@pytest.fixture(scope="module", params=EXPORTS)
 def exported(request, node_modules, tmp_path_factory):
-    """(folder, 100 rows) of a model in float32 and int8: two of pairs, one of texts."""
+    """Returns (folder, 100 rows) of a model in float32 and int8, of pairs or of texts."""
     kind, pooling, pairs = request.param
     folder = tmp_path_factory.mktemp(kind)
     saved = Saved(folder, kind, pooling)
@@ -221,33 +218,33 @@ def exported(request, node_modules, tmp_path_factory):
 
 
 @functools.cache
-def wanted_answers(folder: Path, precision: str, rows: tuple):
+def expected_predictions(folder: Path, precision: str, rows: tuple):
     return AdaptiveClassifier.from_pretrained(folder, precision=precision, cost=0.6).predict(rows)
 
 
 @pytest.mark.slow
-def test_node_answers_as_python(exported):
+def test_node_program_predicts_as_python_and_refuses_bad_input(exported):
     folder, rows = exported
     if json.loads((folder / "exits.json").read_text())["pooling"] == "first":
         assert '"first_token": true' in (folder / "model.json").read_text()
     for precision in ("float32", "int8"):
-        wanted = wanted_answers(folder, precision, tuple(rows))
-        assert len(set(wanted.exits)) > 1
-        given = "\n".join(map(json.dumps, rows))
-        found = run_program("node", folder / "run.mjs", precision, given=given)
-        assert found.stderr == ""
-        assert_same(list(map(json.loads, found.stdout.splitlines())), wanted)
-        assert_same(load_python(folder).Classifier(folder, precision).predict(rows), wanted)
-    wrong = "a" if isinstance(rows[0], tuple) else ["a", "b"]
-    for arguments, given, message in (
-        ((), json.dumps(wrong), "error: row 1 must be "),
+        expected = expected_predictions(folder, precision, tuple(rows))
+        assert len(set(expected.exits)) > 1
+        stdin = "\n".join(map(json.dumps, rows))
+        process = run_program("node", folder / "run.mjs", precision, stdin=stdin)
+        assert process.stderr == ""
+        assert_same(list(map(json.loads, process.stdout.splitlines())), expected)
+        assert_same(load_python(folder).Classifier(folder, precision).predict(rows), expected)
+    wrong_row = "a" if isinstance(rows[0], tuple) else ["a", "b"]
+    for arguments, stdin, message in (
+        ((), json.dumps(wrong_row), "error: row 1 must be "),
         (("int4",), json.dumps(rows[0]), "error: this export has no precision int4: choose from "),
         ((), f"{json.dumps(rows[0])}\n\njunk\n", 'error: line 3 is not JSON: "junk"'),
     ):
-        refused = run_program("node", folder / "run.mjs", *arguments, given=given)
-        assert refused.returncode == 2
-        assert refused.stderr.startswith(message)
-        assert refused.stderr.count("\n") == 1
+        refusal = run_program("node", folder / "run.mjs", *arguments, stdin=stdin)
+        assert refusal.returncode == 2
+        assert refusal.stderr.startswith(message)
+        assert refusal.stderr.count("\n") == 1
 
 
 class QuietHandler(http.server.SimpleHTTPRequestHandler):
@@ -257,7 +254,7 @@ class QuietHandler(http.server.SimpleHTTPRequestHandler):
 
 @pytest.fixture
 def address(exported):
-    """Where the exported folder is served."""
+    """Serves the exported folder and yields its URL."""
     handler = functools.partial(QuietHandler, directory=exported[0])
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -265,7 +262,7 @@ def address(exported):
         server.shutdown()
 
 
-# Submits rows one after the other; answers with what the page shows for each.
+# Submits rows one after the other, and returns what the page shows for each.
 SUBMIT = """
 const [rows, done] = arguments;
 const text = (id) => document.getElementById(id).textContent;
@@ -285,7 +282,7 @@ done(shown);
 """
 
 
-def wait(browser, condition) -> None:
+def wait_until(browser, condition) -> None:
     from selenium.webdriver.support.wait import WebDriverWait
 
     WebDriverWait(browser, 60).until(condition)
@@ -294,11 +291,11 @@ def wait(browser, condition) -> None:
 def open_page(browser, address: str) -> None:
     browser.get(address)
     status = lambda b: b.find_element("id", "status").text
-    wait(browser, lambda b: not status(b).startswith("Loading"))
+    wait_until(browser, lambda b: not status(b).startswith("Loading"))
     assert status(browser).startswith("Ready (")
 
 
-def check_keyboard_on_a_phone(browser, address: str) -> None:
+def check_keyboard_on_phone(browser, address: str) -> None:
     from selenium.webdriver import ActionChains, Keys
 
     phone = {"width": 360, "height": 700, "deviceScaleFactor": 1, "mobile": True}
@@ -313,7 +310,7 @@ def check_keyboard_on_a_phone(browser, address: str) -> None:
                 ActionChains(browser).send_keys(*keys).perform()
             else:
                 ActionChains(browser).key_down(keys[0]).send_keys(keys[1]).key_up(keys[0]).perform()
-            wait(browser, lambda _: label.text.endswith("%)"))
+            wait_until(browser, lambda _: label.text.endswith("%)"))
         widths = browser.execute_script("return [document.body.scrollWidth, window.innerWidth]")
         assert widths[0] <= widths[1] == phone["width"]
     finally:
@@ -321,17 +318,17 @@ def check_keyboard_on_a_phone(browser, address: str) -> None:
 
 
 @pytest.mark.slow
-def test_the_page_answers_as_python(exported, address, browser):
+def test_web_page_predicts_as_python(exported, address, browser):
     folder, rows = exported
     for precision, query in (("int8", ""), ("float32", "?precision=float32")):
-        wanted = wanted_answers(folder, precision, tuple(rows))
+        expected = expected_predictions(folder, precision, tuple(rows))
         open_page(browser, address + query)
         shown = browser.execute_async_script(f"(async () => {{{SUBMIT}}})();", rows)
-        for row, (label, exit, percents) in enumerate(shown):
-            assert label.startswith(f"{wanted.labels[row]} (")
-            assert exit.startswith(f"Answered at layer {wanted.exits[row]} of 3, ")
-            assert f"ms ({precision})" in exit
-            np.testing.assert_allclose(percents, 100 * wanted.probabilities[row], atol=0.06)
+        for row, (label, exit_text, percents) in enumerate(shown):
+            assert label.startswith(f"{expected.labels[row]} (")
+            assert exit_text.startswith(f"Answered at layer {expected.exits[row]} of 3, ")
+            assert f"ms ({precision})" in exit_text
+            np.testing.assert_allclose(percents, 100 * expected.probabilities[row], atol=0.06)
         assert len(shown) == len(rows)
     assert [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"] == []
-    check_keyboard_on_a_phone(browser, address)
+    check_keyboard_on_phone(browser, address)
