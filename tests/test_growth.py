@@ -1,4 +1,4 @@
-"""A run grown by a deeper exit: the earlier exits answer as they did, to the last bit."""
+"""Runs grown by a deeper exit, whose earlier exits stay the same to the last bit."""
 
 import json
 import shutil
@@ -38,13 +38,14 @@ def base(tmp_path_factory, rows):
         "max_length": 32,
         "pooling": "first",
         "baselines": "none",
-        "weight_decay": 0.01,  # which moves what gets no gradient, if it is let
+        "weight_decay": 0.01,  # would change unfrozen parameters without gradients
     }
     run(from_mapping(values), folder / "base")
     return folder / "base", values
 
 
-def more(base, **changes):
+def grown_config(base, **changes):
+    """Returns the config of a run that adds exit 4 to a base run."""
     folder, values = base
     return from_mapping(
         values | {"grow_from": str(folder), "exits": (1, 2, 4), "depth": 0} | changes
@@ -52,72 +53,75 @@ def more(base, **changes):
 
 
 @pytest.mark.slow
-def test_earlier_exits_answer_as_they_did_and_the_new_one_learns(base, tmp_path):
-    before = tmp_path / "before"
-    shutil.copytree(base[0], before)
-    run(more(base, epochs=4), tmp_path / "grown")
+def test_grown_run_keeps_earlier_logits_and_trains_new_exit(base, tmp_path):
+    base_copy = tmp_path / "base"
+    shutil.copytree(base[0], base_copy)
+    run(grown_config(base, epochs=4), tmp_path / "grown")
     for split in SPLITS:
-        ours, theirs = (
+        grown, original = (
             ExitOutputs.load(folder / "exit_outputs" / f"{split}.npz")
-            for folder in (tmp_path / "grown", before)
+            for folder in (tmp_path / "grown", base_copy)
         )
-        assert ours.logits.shape[:2] == (2, 3)
-        np.testing.assert_array_equal(ours.logits[:, :2], theirs.logits)
-        np.testing.assert_array_equal(ours.labels, theirs.labels)
+        assert grown.logits.shape[:2] == (2, 3)
+        np.testing.assert_array_equal(grown.logits[:, :2], original.logits)
+        np.testing.assert_array_equal(grown.labels, original.labels)
     lines = (tmp_path / "grown" / "metrics.jsonl").read_text().splitlines()
     losses = np.array([json.loads(line)["loss"] for line in lines])  # [steps, R, E]
     assert (losses[-5:, :, 2].mean(axis=0) < losses[:5, :, 2].mean(axis=0)).all()
-    untouched = {p.relative_to(before) for p in before.rglob("*")}
-    assert untouched == {p.relative_to(base[0]) for p in base[0].rglob("*")}
+    expected_paths = {p.relative_to(base_copy) for p in base_copy.rglob("*")}
+    assert expected_paths == {p.relative_to(base[0]) for p in base[0].rglob("*")}
 
 
 @pytest.mark.slow
-def test_the_saved_model_holds_the_earlier_exits_as_they_were(base, tmp_path):
-    one = base[1] | {"seeds": (0,)}
-    run(from_mapping(one), tmp_path / "alone")
-    run(more((tmp_path / "alone", one)), tmp_path / "grown")
-    ours, theirs = (
+def test_grown_model_keeps_tensors_and_predictions_of_earlier_exits(base, tmp_path):
+    values = base[1] | {"seeds": (0,)}
+    run(from_mapping(values), tmp_path / "alone")
+    run(grown_config((tmp_path / "alone", values)), tmp_path / "grown")
+    grown, original = (
         safetensors.numpy.load_file(tmp_path / name / "model" / "model.safetensors")
         for name in ("grown", "alone")
     )
-    # The encoder's own pooler is the last exit's.
-    theirs = {k: v for k, v in theirs.items() if not k.startswith("pooler.")}
-    assert len(theirs) > 40
-    for name, value in theirs.items():
-        assert ours[name].tobytes() == value.tobytes(), name
+    # The encoder's pooler tensors are those of the last exit.
+    original = {k: v for k, v in original.items() if not k.startswith("pooler.")}
+    assert len(original) > 40
+    for name, tensor in original.items():
+        assert grown[name].tobytes() == tensor.tobytes(), name
     texts = ["word0 word5 word9", "word1 word30", "word0 word7 " * 5]
-    first, second = (
+    grown_predictions, original_predictions = (
         AdaptiveClassifier.from_pretrained(tmp_path / name / "model", threshold=0.0).predict(texts)
         for name in ("grown", "alone")
     )
-    assert set(first.exits) == {1}
-    np.testing.assert_array_equal(first.labels, second.labels)
+    assert set(grown_predictions.exits) == {1}
+    np.testing.assert_array_equal(grown_predictions.labels, original_predictions.labels)
 
 
 @pytest.mark.slow
-def test_groups_of_devices_grow_it_as_all_devices_do(base, tmp_path):
+def test_segment_parallel_growth_equals_data_parallel_growth(base, tmp_path):
     logits = {}
     for parallel in (False, True):
-        run(more(base, exits=(1, 2, 3, 4), segment_parallel=parallel), tmp_path / str(parallel))
+        run(
+            grown_config(base, exits=(1, 2, 3, 4), segment_parallel=parallel),
+            tmp_path / str(parallel),
+        )
         outputs = ExitOutputs.load(tmp_path / str(parallel) / "exit_outputs" / "validation.npz")
         logits[parallel] = outputs.logits
-    before = ExitOutputs.load(base[0] / "exit_outputs" / "validation.npz").logits
-    np.testing.assert_array_equal(logits[True][:, :2], before)
+    base_logits = ExitOutputs.load(base[0] / "exit_outputs" / "validation.npz").logits
+    np.testing.assert_array_equal(logits[True][:, :2], base_logits)
     np.testing.assert_allclose(logits[True], logits[False], rtol=0, atol=1e-5)
     assert np.abs(logits[True][:, 2:]).max() > 1e-2
 
 
 @pytest.mark.slow
-def test_a_grown_run_grows_again_and_goes_on_where_it_stopped(base, tmp_path):
+def test_grown_run_can_be_grown_again_and_resumed(base, tmp_path):
     shutil.copytree(base[0], tmp_path / "base")
-    run(more((tmp_path / "base", base[1]), exits=(1, 2, 3), depth=3), tmp_path / "first")
+    run(grown_config((tmp_path / "base", base[1]), exits=(1, 2, 3), depth=3), tmp_path / "first")
     shutil.rmtree(tmp_path / "base")  # no longer needed
-    again = more((tmp_path / "first", base[1]), exits=(1, 2, 3, 4))
-    run(again, tmp_path / "again")
-    folders = (tmp_path / "first", tmp_path / "again")
-    ours, theirs = (ExitOutputs.load(f / "exit_outputs" / "validation.npz") for f in folders)
-    np.testing.assert_array_equal(theirs.logits[:, :3], ours.logits)
-    run(again, tmp_path / "again")  # from its last checkpoint
+    config = grown_config((tmp_path / "first", base[1]), exits=(1, 2, 3, 4))
+    run(config, tmp_path / "second")
+    folders = (tmp_path / "first", tmp_path / "second")
+    first, second = (ExitOutputs.load(f / "exit_outputs" / "validation.npz") for f in folders)
+    np.testing.assert_array_equal(second.logits[:, :3], first.logits)
+    run(config, tmp_path / "second")  # from its last checkpoint
 
 
 @pytest.mark.parametrize(
@@ -134,9 +138,9 @@ def test_a_grown_run_grows_again_and_goes_on_where_it_stopped(base, tmp_path):
         ({"depth": 9}, "depth=9 is more than"),
     ],
 )
-def test_what_cannot_grow_is_refused(base, changes, message):
+def test_growth_settings_that_do_not_fit_the_base_are_refused(base, changes, message):
     with pytest.raises(UserError, match=message):
-        prepare(more(base, **changes))
+        prepare(grown_config(base, **changes))
 
 
 @pytest.mark.parametrize(
@@ -153,35 +157,37 @@ def test_what_cannot_grow_is_refused(base, changes, message):
         ),
     ],
 )
-def test_a_base_that_was_trained_otherwise_is_refused(base, tmp_path, changes, message):
-    other = tmp_path / "other"
-    shutil.copytree(base[0], other)
-    values = json.loads((other / "config.json").read_text())
-    (other / "config.json").write_text(json.dumps(values | changes))
+def test_base_run_with_unsupported_training_settings_is_refused(base, tmp_path, changes, message):
+    changed = tmp_path / "changed"
+    shutil.copytree(base[0], changed)
+    values = json.loads((changed / "config.json").read_text())
+    (changed / "config.json").write_text(json.dumps(values | changes))
     with pytest.raises(UserError, match=message):
-        prepare(more((other, base[1])))
+        prepare(grown_config((changed, base[1])))
 
 
-def test_unfinished_and_damaged_runs_are_refused(base, tmp_path):
-    broken = tmp_path / "broken"
-    shutil.copytree(base[0], broken)
-    (newest,) = broken.glob("checkpoints/*/*.digest.json")
+def test_growth_of_unfinished_or_damaged_run_is_refused(base, tmp_path):
+    damaged = tmp_path / "damaged"
+    shutil.copytree(base[0], damaged)
+    (newest,) = damaged.glob("checkpoints/*/*.digest.json")
     shutil.copytree(newest.with_name("24"), newest.with_name("12"))
     shutil.copy(newest, newest.with_name("12.digest.json"))
-    newest.write_text("{}")  # the one before has what training had not finished
+    newest.write_text("{}")  # the checkpoint before it is not that of the last step
     with pytest.raises(UserError, match="has no intact checkpoint"):
-        run(more((broken, base[1])), tmp_path / "grown")
-    shutil.rmtree(broken / "checkpoints")
+        run(grown_config((damaged, base[1])), tmp_path / "grown")
+    shutil.rmtree(damaged / "checkpoints")
     with pytest.raises(UserError, match="has no intact checkpoint"):
-        run(more((broken, base[1])), tmp_path / "grown")
-    (broken / "results.json").unlink()
+        run(grown_config((damaged, base[1])), tmp_path / "grown")
+    (damaged / "results.json").unlink()
     with pytest.raises(UserError, match="is not finished"):
-        prepare(more((broken, base[1])))
+        prepare(grown_config((damaged, base[1])))
 
 
 @pytest.mark.slow
-def test_what_a_search_a_probe_and_a_refit_left_grows_too(base, checkpoint, tmp_path, one_device):
-    """The base has one replica of two seeds' and rates' four, its best state and refitted heads."""
+def test_base_run_with_rate_search_probe_and_refit_can_be_grown(
+    base, checkpoint, tmp_path, one_device
+):
+    """The base has one replica, of the chosen rate, with its best state and refitted heads."""
     recipe = {
         **{"pooling": "mean", "head_init": "probe", "head_refit": True, "epochs": "auto"},
         **{"rate_search": "short", "learning_rates": (1e-3, 3e-3), "tuning_fraction": 0.2},
@@ -189,24 +195,24 @@ def test_what_a_search_a_probe_and_a_refit_left_grows_too(base, checkpoint, tmp_
     }
     values = base[1] | recipe
     run(from_mapping(values), tmp_path / "base")
-    folder = (tmp_path / "base", values)
-    run(more(folder, exits=(1, 2, 3)), tmp_path / "grown")
+    searched_base = (tmp_path / "base", values)
+    run(grown_config(searched_base, exits=(1, 2, 3)), tmp_path / "grown")
     for split in (*SPLITS, "tuning"):
-        ours, theirs = (
+        grown, original = (
             ExitOutputs.load(tmp_path / name / "exit_outputs" / f"{split}.npz")
             for name in ("grown", "base")
         )
-        np.testing.assert_array_equal(ours.logits[:, :2], theirs.logits)
-    # Without epochs the probe is the model, and nothing was refitted.
-    probes = (tmp_path / "probe", values | {"epochs": 0})
-    run(from_mapping(probes[1]), probes[0])
-    run(more(probes, exits=(1, 2, 3)), tmp_path / "grown_probe")
-    ours, theirs = (
+        np.testing.assert_array_equal(grown.logits[:, :2], original.logits)
+    # Without epochs the model is the probe, and no head is refitted.
+    probe_base = (tmp_path / "probe", values | {"epochs": 0})
+    run(from_mapping(probe_base[1]), probe_base[0])
+    run(grown_config(probe_base, exits=(1, 2, 3)), tmp_path / "grown_probe")
+    grown, original = (
         ExitOutputs.load(tmp_path / name / "exit_outputs" / "validation.npz").logits
         for name in ("grown_probe", "probe")
     )
-    np.testing.assert_array_equal(ours[:, :2], theirs)
-    usual = {"epochs": 2, "head_init": "random", "head_refit": False, "rate_search": "full"}
-    usual["exits"] = (1, 2, 3)
+    np.testing.assert_array_equal(grown[:, :2], original)
+    plain = {"epochs": 2, "head_init": "random", "head_refit": False, "rate_search": "full"}
+    plain["exits"] = (1, 2, 3)
     with pytest.raises(UserError, match="holds out tuning rows, but the new run does not"):
-        prepare(more(folder, **usual))
+        prepare(grown_config(searched_base, **plain))

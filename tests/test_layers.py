@@ -1,4 +1,4 @@
-"""Dropout, lookup, layer norm, softmax and GELU against their definitions and JAX's own."""
+"""Dropout, embedding, layer norm, softmax and GELU against their definitions and JAX."""
 
 import jax
 import jax.numpy as jnp
@@ -20,17 +20,17 @@ from sweet_jax.models.layers import derive_key, gelu, layer_norm, masked_softmax
 KEY = jax.random.key(7)
 
 
-def test_threefry_is_jax_s_own():
+def test_threefry_equals_jax_primitive():
     high = jnp.arange(1000, dtype=jnp.uint32)
     low = high * jnp.uint32(2654435761)
     data = jax.random.key_data(KEY)
     words = [jnp.broadcast_to(word, high.shape) for word in data]
-    wanted = threefry2x32_p.bind(*words, high, low)
-    for ours, theirs in zip(threefry(data, high, low), wanted, strict=True):
-        np.testing.assert_array_equal(ours, theirs)
+    expected_words = threefry2x32_p.bind(*words, high, low)
+    for actual, expected in zip(threefry(data, high, low), expected_words, strict=True):
+        np.testing.assert_array_equal(actual, expected)
 
 
-def test_keys_depend_on_names_and_their_order_only():
+def test_derived_keys_differ_by_name_and_compose():
     keys = [
         derive_key(KEY, "layer", 1),
         derive_key(KEY, "layer", 2),
@@ -43,7 +43,7 @@ def test_keys_depend_on_names_and_their_order_only():
 
 
 @pytest.mark.parametrize("rate", [0.1, 0.5])
-def test_dropout_keeps_the_mean_and_zeroes_at_the_rate(rate):
+def test_dropout_zeroes_at_its_rate_and_keeps_the_mean(rate):
     x = jnp.ones((64, 50, 130))
     y = np.asarray(dropout(KEY, x, rate, length_axes=(1,)))
     zeros = (y == 0).mean()
@@ -54,11 +54,11 @@ def test_dropout_keeps_the_mean_and_zeroes_at_the_rate(rate):
 
 def test_dropout_elements_are_independent_of_their_neighbours():
     kept = np.asarray(dropout(KEY, jnp.ones((32, 64, 64)), 0.5, length_axes=(1,))) > 0
-    flat = kept.astype(float) - 0.5
+    centred = kept.astype(float) - 0.5
     for axis in range(3):
         for shift in (1, 2, 3, 16):
-            correlation = (flat * np.roll(flat, shift, axis)).mean() * 4
-            assert abs(correlation) < 4 / np.sqrt(flat.size), (axis, shift)
+            correlation = (centred * np.roll(centred, shift, axis)).mean() * 4
+            assert abs(correlation) < 4 / np.sqrt(centred.size), (axis, shift)
 
 
 def test_dropout_masks_do_not_depend_on_the_padded_length():
@@ -70,13 +70,13 @@ def test_dropout_masks_do_not_depend_on_the_padded_length():
     np.testing.assert_array_equal(dropout(KEY, jnp.ones((3, 5, 6)), 0.3, length_axes=(1,)), cut)
 
 
-def test_dropout_off_is_the_identity():
+def test_dropout_is_identity_without_key_or_at_rate_zero():
     x = jnp.arange(6.0)
     assert dropout(None, x, 0.5) is x
     assert dropout(KEY, x, 0.0) is x
 
 
-def test_gradients_agree_with_finite_differences():
+def test_layer_gradients_agree_with_finite_differences():
     x = jax.random.normal(KEY, (3, 5))
     scale, bias = jnp.linspace(0.5, 2, 5), jnp.linspace(-1, 1, 5)
     mask = jnp.array([[True, True, False, True, True]])
@@ -89,7 +89,7 @@ def test_gradients_agree_with_finite_differences():
         check_grads(function, arguments, order=1, modes=["rev"], atol=1e-2, rtol=1e-2)
 
 
-def test_hand_written_gradients_equal_jax_s():
+def test_custom_gradients_equal_those_of_jax():
     x = 2 * jax.random.normal(KEY, (4, 6))
     weight = jax.random.normal(derive_key(KEY, "weight"), (4, 6))
     mask = jnp.arange(6)[None] < jnp.array([6, 3, 1, 5])[:, None]
@@ -106,18 +106,20 @@ def test_hand_written_gradients_equal_jax_s():
         ),
         (lambda x: layer_norm(x, jnp.ones(6), jnp.zeros(6), 1e-12), plain_norm),
     ]
-    for ours, theirs in pairs:
-        np.testing.assert_allclose(ours(x), theirs(x), atol=2e-6)
-        gradients = [jax.grad(lambda x, f=f: (f(x) * weight).sum())(x) for f in (ours, theirs)]
+    for function, reference in pairs:
+        np.testing.assert_allclose(function(x), reference(x), atol=2e-6)
+        gradients = [
+            jax.grad(lambda x, f=f: (f(x) * weight).sum())(x) for f in (function, reference)
+        ]
         np.testing.assert_allclose(*gradients, atol=3e-6)
 
 
-def test_a_row_without_tokens_stays_finite():
+def test_masked_softmax_is_uniform_for_row_without_tokens():
     weights = masked_softmax(jnp.ones((2, 3)), jnp.array([[False] * 3, [True] * 3]))
     np.testing.assert_allclose(weights, 1 / 3, rtol=1e-6)
 
 
-def test_bfloat16_goes_in_and_out():
+def test_layers_return_bfloat16_for_bfloat16_input():
     x = jnp.ones((2, 4), jnp.bfloat16)
     assert layer_norm(x, jnp.ones(4), jnp.zeros(4), 1e-12).dtype == jnp.bfloat16
     assert dropout(KEY, x, 0.5).dtype == jnp.bfloat16
@@ -126,8 +128,8 @@ def test_bfloat16_goes_in_and_out():
 
 
 @pytest.mark.parametrize("rows", [2, 50])
-def test_the_gradient_of_a_table_is_the_same_on_every_device(rows):
-    """Of accelerators, whose own way is lowered for none of the tests' devices."""
+def test_embedding_gradient_is_equal_in_every_implementation(rows):
+    """Those of accelerators are called directly, as the tests run on CPUs."""
     rng = np.random.default_rng(0)
     table = jnp.asarray(rng.normal(size=(rows, 8)), jnp.float32)  # [V, H]
     ids = jnp.asarray(rng.integers(0, rows, (3, 40)), jnp.int32)  # [B, L]
@@ -135,23 +137,23 @@ def test_the_gradient_of_a_table_is_the_same_on_every_device(rows):
     g = g.at[:, 25:].set(0.0)  # padding
     expected = np.zeros((rows, 8))
     np.add.at(expected, np.asarray(ids), np.asarray(g, np.float64))
-    (here,) = jax.vjp(lambda t: embedding_rows(t, ids), table)[1](g)
-    for found in (here, matmul_gradient(table, ids, g), sparse_gradient(table, ids, g)):
-        np.testing.assert_allclose(found, expected, atol=1e-5)
+    (cpu_gradient,) = jax.vjp(lambda t: embedding_rows(t, ids), table)[1](g)
+    for gradient in (cpu_gradient, matmul_gradient(table, ids, g), sparse_gradient(table, ids, g)):
+        np.testing.assert_allclose(gradient, expected, atol=1e-5)
 
 
 @pytest.mark.parametrize(("rows", "operation"), [(2, "dot_general"), (50, "scatter")])
-def test_an_accelerator_s_gradient_of_a_small_table_has_no_scatter(rows, operation):
+def test_accelerator_gradient_of_small_embedding_has_no_scatter(rows, operation):
     table, ids = jnp.zeros((rows, 8)), jnp.zeros((3, 5), jnp.int32)
     gradient = jax.jit(jax.grad(lambda t: jnp.sin(embedding_rows(t, ids)).sum()))
     for platform in ("cuda", "tpu"):
-        text = gradient.trace(table).lower(lowering_platforms=(platform,)).as_text()
-        assert operation in text
-        assert ("scatter" in text) == (operation == "scatter")
+        program = gradient.trace(table).lower(lowering_platforms=(platform,)).as_text()
+        assert operation in program
+        assert ("scatter" in program) == (operation == "scatter")
 
 
-def test_a_table_s_gradient_is_summed_in_float32_where_activations_are_bfloat16():
-    """4,096 ones: in bfloat16 their sum stops at 256."""
+def test_embedding_gradient_is_summed_in_float32_for_bfloat16_activations():
+    """The sum of 4,096 ones would stop at 256 in bfloat16."""
     table = Embedding(2, 8, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
     graphdef, params = nnx.split(table)
     ids = jnp.zeros((16, 256), jnp.int32)

@@ -1,4 +1,4 @@
-"""A pooling and an encoder family of other modules: from training to every way of predicting."""
+"""Poolings and encoder families of user modules, in training, prediction and export."""
 
 import dataclasses
 import importlib
@@ -34,7 +34,7 @@ from sweet_jax.models.tensor_names import TensorNames
 from sweet_jax.poolings import POOLINGS, Pooling
 from sweet_jax.preparation import prepare
 
-# As a user writes it. JAX is imported when the pooling computes, by its function alone.
+# A user's modules. Only the pooling's function, which is imported when it computes, needs JAX.
 FACTS = """from sweet_jax.poolings import Pooling
 MAX = Pooling("own_pooling_function:read_max")
 SECOND = Pooling("own_pooling_function:nothing", first_only=True)
@@ -49,59 +49,62 @@ EXITS = (1, 3)
 
 @pytest.fixture
 def own_modules(tmp_path, monkeypatch):
-    """The modules of a user, which the processes of a test can import."""
+    """Yields a folder with importable modules of a user."""
     folder = tmp_path / "modules"
     folder.mkdir()
     (folder / "own_pooling.py").write_text(FACTS)
     (folder / "own_pooling_function.py").write_text(FUNCTION)
     monkeypatch.syspath_prepend(folder)
     yield folder
-    forget()
+    forget_modules()
 
 
-def forget():
+def forget_modules():
+    """Removes the modules from the caches of imports."""
     registry.import_entry.cache_clear()
     for name in ("own_pooling", "own_pooling_function"):
         sys.modules.pop(name, None)
 
 
-def lose(folder):
-    """Removes the modules again."""
+def remove_modules(folder):
+    """Deletes the modules, so that they can no longer be imported."""
     shutil.rmtree(folder)
-    forget()
+    forget_modules()
     importlib.invalidate_caches()
 
 
 def check_engines(reference: Reference) -> None:
-    """Every engine gives the outputs of the run's own evaluation, at the last exit."""
+    """Checks that every engine equals the run's evaluation at the last exit."""
     model = reference.classifier.model.folder
     for engine in ("jax", "onnxruntime"):
         classifier = AdaptiveClassifier.from_pretrained(model, engine=engine)
         classifier = classifier.at(threshold=float("inf"))
         _, probabilities, _ = reference.answers(classifier)
-        found = classifier.predict(reference.texts, 8)
-        np.testing.assert_allclose(found.probabilities, probabilities, atol=1e-4)
+        predictions = classifier.predict(reference.texts, 8)
+        np.testing.assert_allclose(predictions.probabilities, probabilities, atol=1e-4)
 
 
 @pytest.mark.slow
-def test_a_pooling_of_a_user_s_module(own_modules, checkpoint, tmp_path, capsys):
+def test_pooling_of_user_module_trains_predicts_and_exports(
+    own_modules, checkpoint, tmp_path, capsys
+):
     pytest.importorskip("onnxruntime", reason='pip install -e ".[onnx]"')
     run, values = fine_tune(checkpoint, tmp_path, pooling="own_pooling:MAX", exits=EXITS, epochs=3)
     about = json.loads((run / "model" / "exits.json").read_text())
     assert (about["pooling"], about["first_only"]) == ("own_pooling:MAX", False)
-    assert "own_pooling:MAX" not in tuple(POOLINGS)  # its name is not one of the table's
+    assert "own_pooling:MAX" not in tuple(POOLINGS)  # the registry does not list it
     reference = Reference(run, values)
     check_engines(reference)
     texts = reference.texts[:8]
-    wanted = reference.classifier.predict(texts)
+    expected = reference.classifier.predict(texts)
     folders = {"stablehlo": tmp_path / "programs", "onnx": tmp_path / "graphs"}
     for kind, folder in folders.items():
         options = [f"--model={run / 'model'}", f"--output={folder}", f"--format={kind}"]
         assert export.main(options) == 0, capsys.readouterr().err
-    lose(own_modules)
-    # The graphs contain the pooling; a folder of an older release does not say what it reads.
-    found = AdaptiveClassifier.from_pretrained(folders["onnx"]).predict(texts)
-    np.testing.assert_allclose(found.probabilities, wanted.probabilities, atol=1e-5)
+    remove_modules(own_modules)
+    # The graphs contain the pooling, but without first_only, as in older folders, it is imported.
+    predictions = AdaptiveClassifier.from_pretrained(folders["onnx"]).predict(texts)
+    np.testing.assert_allclose(predictions.probabilities, expected.probabilities, atol=1e-5)
     problem = (
         "exits.json' needs the pooling 'own_pooling:MAX', which cannot be imported: "
         "ModuleNotFoundError: No module named 'own_pooling': install or import the package that"
@@ -113,20 +116,20 @@ def test_a_pooling_of_a_user_s_module(own_modules, checkpoint, tmp_path, capsys)
             open_model(folder)
 
 
-def test_the_facts_of_a_pooling_need_no_jax(own_modules):
+def test_pooling_attributes_are_read_without_importing_jax(own_modules):
     program = "import sys, sweet_jax.poolings as p; x = p.POOLINGS['own_pooling:MAX'].first_only"
     program += "; print(x, p.POOLINGS['mean'].width, 'jax' in sys.modules)"
-    found = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", program], cwd=own_modules, capture_output=True, text=True
     )
-    assert found.stdout == "False 1 False\n", found.stderr
+    assert process.stdout == "False 1 False\n", process.stderr
 
 
-def test_a_pooling_added_by_assignment(options, monkeypatch):
+def test_pooling_can_be_added_to_the_registry(options, monkeypatch):
     monkeypatch.setitem(POOLINGS, "begin", Pooling(first_token, first_only=True))
     assert prepare(from_mapping(options | {"pooling": "begin"})).config.pooling == "begin"
-    found = ExitConfig("begin").reads(jnp.ones((2, 1, 3)), jnp.ones((2, 4), bool))
-    assert found.shape == (2, 3)
+    pooled = ExitConfig("begin").reads(jnp.ones((2, 1, 3)), jnp.ones((2, 4), bool))
+    assert pooled.shape == (2, 3)
 
 
 @pytest.mark.parametrize(
@@ -143,13 +146,13 @@ def test_a_pooling_added_by_assignment(options, monkeypatch):
         ),
     ],
 )
-def test_a_pooling_that_cannot_be_used(own_modules, options, pooling, message):
-    with pytest.raises(UserError, match=message) as refused:
+def test_unusable_pooling_is_refused_in_one_line(own_modules, options, pooling, message):
+    with pytest.raises(UserError, match=message) as error:
         prepare(from_mapping(options | {"pooling": pooling}))
-    assert "\n" not in str(refused.value)
+    assert "\n" not in str(error.value)
 
 
-def test_a_pooling_that_fails_is_an_error_of_one_line(monkeypatch):
+def test_failing_or_inconsistent_pooling_is_refused(monkeypatch):
     monkeypatch.setitem(POOLINGS, "own", Pooling(lambda h, mask, second: h[second.shape]))
     with pytest.raises(UserError, match=r"^pooling 'own' failed on h \[2, 8, 4\] and mask .*Error"):
         check_pooling("own", 4)
@@ -157,7 +160,7 @@ def test_a_pooling_that_fails_is_an_error_of_one_line(monkeypatch):
         Pooling(first_token, dense=True, width=2)
 
 
-def test_an_objective_that_cannot_be_found_is_named(sweet, tmp_path):
+def test_saved_model_with_unknown_objective_or_pooling_is_refused(sweet, tmp_path):
     folder = tmp_path / "model"
     shutil.copytree(sweet.classifier.model.folder, folder)
     about = json.loads((folder / "exits.json").read_text())
@@ -174,7 +177,7 @@ def test_an_objective_that_cannot_be_found_is_named(sweet, tmp_path):
 
 
 class ToyLayer(nnx.Module):
-    """Adds a product with the mean of all tokens: there is no attention."""
+    """A layer without attention: it mixes in the sum of all tokens."""
 
     def __init__(self, config, dtype, rngs):
         self.mix = linear(config, config.hidden_size, config.hidden_size, dtype, rngs)
@@ -193,7 +196,7 @@ class Offset(nnx.Module):
 
 
 class Toy(Encoder):
-    """An encoder with a group of parameters of its own, `offset`."""
+    """An encoder with an additional group of parameters, `offset`."""
 
     EMBEDDINGS = bert.BertEmbeddings
 
@@ -227,7 +230,7 @@ TOY = EncoderFamily(
 
 @pytest.fixture
 def toy(monkeypatch, tmp_path) -> Path:
-    """A checkpoint of a family that no table has."""
+    """Writes a checkpoint of a family that is registered for the test only."""
     monkeypatch.setitem(FAMILIES, "toy", TOY)
     monkeypatch.setitem(TINIES, "toy", TINY)
     monkeypatch.setitem(tiny.WRITERS, "toy", tiny.write_words)
@@ -235,7 +238,7 @@ def toy(monkeypatch, tmp_path) -> Path:
 
 
 @pytest.mark.slow
-def test_a_family_of_another_package(toy, tmp_path, monkeypatch, capsys):
+def test_encoder_family_of_user_trains_predicts_and_exports(toy, tmp_path, monkeypatch, capsys):
     pytest.importorskip("onnxruntime", reason='pip install -e ".[onnx]"')
     run, values = fine_tune(toy, tmp_path, exits=EXITS, epochs=3, pooling="mean")
     trained = open_checkpoint(str(run / "model"))
@@ -244,18 +247,18 @@ def test_a_family_of_another_package(toy, tmp_path, monkeypatch, capsys):
     reference = Reference(run, values)
     check_engines(reference)
     texts = reference.texts[:8]
-    wanted = reference.classifier.predict(texts)
+    expected = reference.classifier.predict(texts)
     options = [f"--model={run / 'model'}", f"--output={tmp_path / 'graphs'}", "--format=onnx"]
     assert export.main(options) == 0, capsys.readouterr().err
     monkeypatch.delitem(FAMILIES, "toy")
-    found = AdaptiveClassifier.from_pretrained(tmp_path / "graphs").predict(texts)
-    np.testing.assert_allclose(found.probabilities, wanted.probabilities, atol=1e-5)
+    predictions = AdaptiveClassifier.from_pretrained(tmp_path / "graphs").predict(texts)
+    np.testing.assert_allclose(predictions.probabilities, expected.probabilities, atol=1e-5)
     with pytest.raises(UserError, match=r"has model_type 'toy'; supported are bert, roberta"):
         open_checkpoint(str(run / "model"))
 
 
 @pytest.mark.parametrize("named", [True, False])
-def test_an_entry_point_adds_a_family(toy, monkeypatch, named):
+def test_entry_point_adds_encoder_family(toy, monkeypatch, named):
     monkeypatch.delitem(FAMILIES, "toy")
     if not named:
         values = json.loads((toy / "config.json").read_text())
@@ -267,14 +270,14 @@ def test_an_entry_point_adds_a_family(toy, monkeypatch, named):
     assert open_checkpoint(str(toy)).family is TOY
 
 
-def test_a_checkpoint_names_no_code_to_import(toy):
+def test_checkpoint_cannot_name_code_to_import_as_model_type(toy):
     values = json.loads((toy / "config.json").read_text())
     (toy / "config.json").write_text(json.dumps(values | {"model_type": "own_family:TOY"}))
     with pytest.raises(UserError, match="has model_type 'own_family:TOY'"):
         open_checkpoint(str(toy))
 
 
-def test_layers_without_attention(options, toy):
+def test_attention_setting_is_refused_for_layers_without_attention(options, toy):
     encoder = TOY.encoder(TINY, jax.random.key(0))
     encoder.set_attention("einsum")
     with pytest.raises(UserError, match="attention is 'xla', but layer 1 of Toy has no attention"):
@@ -283,14 +286,14 @@ def test_layers_without_attention(options, toy):
         prepare(from_mapping(options | {"checkpoint": str(toy), "attention": "xla"}))
 
 
-def test_the_owner_of_a_group_that_a_family_declares(options, toy, monkeypatch):
+def test_declared_owner_of_parameter_group_is_applied_and_required(options, toy, monkeypatch):
     key = jax.random.key(0)
     config = ExitConfig("mean", owners=tuple(TOY.owners.items()))
     model = EarlyExit(TOY.encoder(TINY, key), EXITS, 2, key, config)
     params = nnx.to_pure_dict(nnx.split(model)[1])
-    for owner, wanted in (("first", EXITS[0]), ("shared", SHARED)):
-        found = parameter_owners(params, EXITS, owners=[("offset", owner)])
-        assert found["encoder"]["offset"] == {"bias": wanted}
+    for owner, expected in (("first", EXITS[0]), ("shared", SHARED)):
+        owners = parameter_owners(params, EXITS, owners=[("offset", owner)])
+        assert owners["encoder"]["offset"] == {"bias": expected}
     with pytest.raises(UserError, match=r"parameters 'offset', .* EncoderFamily\.owners"):
         parameter_owners(params, EXITS)
     values = options | {"checkpoint": str(toy)}
@@ -303,6 +306,6 @@ def test_the_owner_of_a_group_that_a_family_declares(options, toy, monkeypatch):
 
 
 @pytest.mark.parametrize("owners", [{"layers": "first"}, {"offset": "last"}])
-def test_owners_that_cannot_be_declared(owners):
+def test_invalid_declared_owners_are_refused(owners):
     with pytest.raises(ValueError, match="owners of toy"):
         dataclasses.replace(TOY, owners=owners)

@@ -1,4 +1,4 @@
-"""ONNX graphs of saved models: what is fused, what is refused, what is exported."""
+"""ONNX graphs of saved models: their fused nodes, refusals and exported folders."""
 
 import math
 import shutil
@@ -36,71 +36,73 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.mark.parametrize("kind", marked(ENCODERS))
-def test_each_layer_is_a_few_fused_nodes(tmp_path, kind):
+def test_attention_norms_and_gelus_are_fused_nodes_in_every_layer(tmp_path, kind):
     saved = Saved(tmp_path, kind)
     graphs = build_graphs(open_model(saved.folder)).networks[0]
     nodes = [onnx.load_from_string(graph.model).graph.node for _, graph in graphs]
-    kinds = [node.op_type for each in nodes for node in each]
-    assert kinds.count("MultiHeadAttention") == len(EXITS)
-    assert "Softmax" not in kinds
-    assert "Sqrt" not in kinds, "every norm is one node"
-    assert kinds.count("LayerNormalization") >= 2 * len(EXITS)
-    assert not {"Erf", "Pow"} & set(kinds), "every GELU is one node"
-    assert kinds.count("Tanh") <= len(EXITS) + 1, "those of poolers, and of DeBERTa's convolution"
+    op_types = [node.op_type for graph_nodes in nodes for node in graph_nodes]
+    assert op_types.count("MultiHeadAttention") == len(EXITS)
+    assert "Softmax" not in op_types
+    assert "Sqrt" not in op_types, "every norm is one node"
+    assert op_types.count("LayerNormalization") >= 2 * len(EXITS)
+    assert not {"Erf", "Pow"} & set(op_types), "every GELU is one node"
+    assert op_types.count("Tanh") <= len(EXITS) + 1, "only in poolers and DeBERTa's convolution"
 
 
-def test_what_has_no_operator_is_named(sweet, monkeypatch):
-    def refusal() -> str:
-        with pytest.raises(UserError) as refused:
+def test_primitive_without_onnx_operator_is_refused_by_name(sweet, monkeypatch):
+    def load_error() -> str:
+        with pytest.raises(UserError) as error:
             load_engine("onnxruntime", sweet.classifier.model)
-        return str(refused.value)
+        return str(error.value)
 
-    def sort(self, input_ids):
+    def sorted_positions(self, input_ids):
         return jax.numpy.sort(input_ids, axis=1)
 
-    def fixed(self, input_ids):
+    def fixed_positions(self, input_ids):
         return np.arange(input_ids.shape[1])[None]
 
-    monkeypatch.setattr(BertEmbeddings, "positions", sort)
-    assert refusal() == (
+    monkeypatch.setattr(BertEmbeddings, "positions", sorted_positions)
+    assert load_error() == (
         "the onnxruntime engine does not support the primitive sort, which an encoder of "
         "model_type 'bert' needs: use engine=jax"
     )
-    monkeypatch.setattr(BertEmbeddings, "positions", fixed)
-    assert "an array whose size must be known in advance, which an encoder" in refusal()
+    monkeypatch.setattr(BertEmbeddings, "positions", fixed_positions)
+    assert "an array whose size must be known in advance, which an encoder" in load_error()
 
 
 @pytest.mark.parametrize("kind", ["bert", "modernbert", "deberta"])
-def test_what_is_not_fused_is_computed_all_the_same(tmp_path, monkeypatch, kind):
+def test_logits_are_the_same_without_matmul_fusions(tmp_path, monkeypatch, kind):
     monkeypatch.delitem(FUSIONS, "dot_general")
     saved = Saved(tmp_path, kind)
     check_logits(saved, open_model(saved.folder).tokenizer.pad_token_id, 4, 12, ())
 
 
-def test_rows_of_a_symbolic_length_are_those_of_a_number():
+def test_offset_rows_are_equal_for_symbolic_and_python_lengths():
     buckets = TINIES["deberta-v2"]
     assert isinstance(buckets, DebertaV2Config)
     for row, farthest in ((distance_bucket, 128), (buckets.rows, buckets.reach)):
         for length in (1, 40, 200):
-            wanted = rows_by_offset(row, length, farthest)
-            # What is no Python number takes the other branch.
-            found = rows_by_offset(row, np.int64(length), farthest)
-            assert found.tolist() == wanted.tolist()
+            expected = rows_by_offset(row, length, farthest)
+            # Any length but a Python int is handled as a symbolic one.
+            symbolic = rows_by_offset(row, np.int64(length), farthest)
+            assert symbolic.tolist() == expected.tolist()
 
 
-def test_what_cannot_be_exported_or_read_is_refused(sweet, onnx_model, tmp_path, capsys):
-    def refusal(model, *options) -> str:
+def test_invalid_exports_and_damaged_graphs_are_refused(sweet, onnx_model, tmp_path, capsys):
+    def export_error(model, *options) -> str:
         assert export.main([f"--model={model}", "--format=onnx", *options]) == 2
         error = capsys.readouterr().err
         assert error.count("\n") == 1
         return error
 
     model, output = sweet.classifier.model.folder, f"--output={tmp_path / 'out'}"
-    assert "was exported to ONNX" in refusal(onnx_model, output)
-    assert "exists: choose another" in refusal(model, f"--output={tmp_path}")
-    assert "--length applies only to --format=stablehlo" in refusal(model, output, "--length=16")
-    assert "set --cost" in refusal(model, output, "--milliseconds=3")
-    assert "infeasible" in refusal(model, output, "--risk=0.0001")
+    assert "was exported to ONNX" in export_error(onnx_model, output)
+    assert "exists: choose another" in export_error(model, f"--output={tmp_path}")
+    assert "--length applies only to --format=stablehlo" in export_error(
+        model, output, "--length=16"
+    )
+    assert "set --cost" in export_error(model, output, "--milliseconds=3")
+    assert "infeasible" in export_error(model, output, "--risk=0.0001")
     assert not [*tmp_path.iterdir()]
     with pytest.raises(UserError, match="exported without int8"):
         load_engine("onnxruntime", open_model(onnx_model), "int8")
@@ -111,44 +113,46 @@ def test_what_cannot_be_exported_or_read_is_refused(sweet, onnx_model, tmp_path,
 
 
 @pytest.mark.parametrize("kind", ["deberta", "deberta-v2", "roberta"])
-def test_an_exported_model_keeps_its_tokenizer(tmp_path, kind):
+def test_exported_tokenizer_gives_the_same_ids_and_types(tmp_path, kind):
     saved = Saved(tmp_path, kind)
     options = [f"--model={saved.folder}", f"--output={tmp_path / 'exported'}", "--format=onnx"]
     assert export.main(options) == 0
     models = [open_model(folder) for folder in (saved.folder, tmp_path / "exported")]
     assert isinstance(models[1].tokenizer, SavedTokenizer)
-    pairs = [(one, two) for one in saved.texts[:5] for two in saved.texts[5:9]]
+    pairs = [(first, second) for first in saved.texts[:5] for second in saved.texts[5:9]]
     for texts in (pairs, [(text,) for text in saved.texts]):
-        first, second = (encode(model.tokenizer, texts, LONGEST) for model in models)
-        for one, two in zip([*first[0], *first[1]], [*second[0], *second[1]], strict=True):
-            assert one.tolist() == two.tolist()
+        original, exported = (encode(model.tokenizer, texts, LONGEST) for model in models)
+        for first, second in zip(
+            [*original[0], *original[1]], [*exported[0], *exported[1]], strict=True
+        ):
+            assert first.tolist() == second.tolist()
 
 
 @pytest.mark.parametrize("multi", [False, True])
 @pytest.mark.parametrize("pooling", ["first", "mean"])
-def test_an_exported_model_answers_as_before(tmp_path, pooling, multi):
+def test_exported_model_and_its_runner_equal_the_one_pass_model(tmp_path, pooling, multi):
     saved = Saved(tmp_path, "bert", pooling, learned=True, multi=multi)
     options = [f"--model={saved.folder}", f"--output={tmp_path / 'exported'}", "--format=onnx"]
     assert export.main(options) == 0
     saved.folder = tmp_path / "exported"
     check(saved, saved.scores, sizes=(5,), policy="learning_to_exit")
-    # And without sweet_jax, by run.py.
+    # The exported run.py, which does not import sweet_jax, gives the same.
     for threshold in (middle(saved.confidence()), math.inf):
         target, models = {"threshold": threshold}, {"float32": open_model(saved.folder)}
         write_runners(models, saved.folder, "raw_confidence", target)
         runner = load_python(saved.folder).Classifier(saved.folder)
-        wanted = AdaptiveClassifier.from_pretrained(saved.folder, **target).predict(saved.texts)
-        assert (len(set(wanted.exits)) > 1) == (threshold < math.inf)
-        assert_same(runner.predict(saved.texts), wanted)
+        expected = AdaptiveClassifier.from_pretrained(saved.folder, **target).predict(saved.texts)
+        assert (len(set(expected.exits)) > 1) == (threshold < math.inf)
+        assert_same(runner.predict(saved.texts), expected)
     assert len(runner.sessions) == 1 or not multi
 
 
-def test_an_exported_model_needs_no_jax(sweet, onnx_model):
+def test_exported_model_predicts_without_jax_and_stores_weights_once(sweet, onnx_model):
     assert not [*onnx_model.rglob("*.safetensors")]
     assert len([*onnx_model.glob("onnx/*.bin")]) == 1
     size = sum(path.stat().st_size for path in onnx_model.glob("onnx/*"))
     weights = (sweet.classifier.model.folder / "model.safetensors").stat().st_size
-    assert size < 2 * weights, "no weight is there twice"
+    assert size < 2 * weights, "each weight is stored once"
     program = """
 import sys
 from sweet_jax import AdaptiveClassifier
@@ -160,7 +164,7 @@ assert not heavy & sys.modules.keys(), heavy & sys.modules.keys()
 """
     texts = sweet.texts[:9]
     command = [sys.executable, "-c", program, str(onnx_model), *texts]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    wanted = sweet.classifier.at(threshold=0.6).predict(texts)
-    assert done.stdout.splitlines() == wanted.labels.tolist()
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert process.returncode == 0, process.stderr
+    expected = sweet.classifier.at(threshold=0.6).predict(texts)
+    assert process.stdout.splitlines() == expected.labels.tolist()

@@ -1,4 +1,4 @@
-"""Optimizers and learning-rate schedules: their formulas, the parts of their states, own ones."""
+"""Optimizers and learning-rate schedules: formulas, sharded states, and those of users."""
 
 import math
 import shutil
@@ -42,7 +42,7 @@ NEEDS_A_VALUE = optax.scale_by_polyak()
 MASKED = optax.masked(optax.scale_by_adam(), lambda tree: jax.tree.map(lambda x: x.ndim > 1, tree))
 
 
-def of_numbers(remaining):
+def scalar_square_root(remaining):
     return math.sqrt(remaining)
 
 
@@ -52,15 +52,17 @@ def square_root(remaining):
 
 @pytest.mark.parametrize("optimizer", ["adamw", "lion"])
 @pytest.mark.parametrize("decay", [0.0, 0.1])
-def test_an_update_is_that_of_the_paper(optimizer, decay):
+def test_optimizer_updates_follow_their_papers(optimizer, decay):
     """Adam of Kingma and Ba 2015 (arXiv 1412.6980), Lion of Chen et al. 2023 (2302.06675)."""
     graphdef, params = build()
-    chosen = settings(graphdef, optimizer=OPTIMIZERS[optimizer], weight_decay=decay)
+    train_settings = settings(graphdef, optimizer=OPTIMIZERS[optimizer], weight_decay=decay)
     state = init_state(params, 1e-3, 0, OPTIMIZERS[optimizer]).opt_state
-    update = jax.jit(lambda p, g, state: apply_gradients(p, g, state, jnp.float32(1e-3), chosen))
+    update = jax.jit(
+        lambda p, g, state: apply_gradients(p, g, state, jnp.float32(1e-3), train_settings)
+    )
     rng = np.random.default_rng(0)
-    ours = [np.asarray(p, np.float64) for p in jax.tree.leaves(params)]
-    first, second = ([np.zeros_like(p) for p in ours] for _ in range(2))
+    expected = [np.asarray(p, np.float64) for p in jax.tree.leaves(params)]
+    first, second = ([np.zeros_like(p) for p in expected] for _ in range(2))
     for number in range(3):
         grads = jax.tree.map(lambda p: rng.normal(size=p.shape).astype(np.float32), params)
         for i, g in enumerate(np.asarray(g, np.float64) for g in jax.tree.leaves(grads)):
@@ -72,10 +74,10 @@ def test_an_update_is_that_of_the_paper(optimizer, decay):
                 second[i] = 0.999 * second[i] + 0.001 * g * g
                 direction = first[i] / (1 - 0.9 ** (number + 1))
                 direction /= np.sqrt(second[i] / (1 - 0.999 ** (number + 1))) + 1e-8
-            ours[i] -= 1e-3 * (direction + (decay * ours[i] if ours[i].ndim > 1 else 0))
+            expected[i] -= 1e-3 * (direction + (decay * expected[i] if expected[i].ndim > 1 else 0))
         params, state = update(params, grads, state)
-        for p, wanted in zip(jax.tree.leaves(params), ours, strict=True):
-            np.testing.assert_allclose(p, wanted, atol=1e-6)
+        for p, value in zip(jax.tree.leaves(params), expected, strict=True):
+            np.testing.assert_allclose(p, value, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -88,36 +90,36 @@ def test_an_update_is_that_of_the_paper(optimizer, decay):
     ],
 )
 @pytest.mark.parametrize("warmup", [0, 3])
-def test_the_learning_rate_rises_and_follows_its_schedule(name, schedule, warmup):
+def test_learning_rate_warms_up_and_follows_its_schedule(name, schedule, warmup):
     graphdef, _ = build()
     total = 10 + warmup
-    chosen = settings(
+    train_settings = settings(
         graphdef,
         total_steps=total,
         warmup_steps=warmup,
         learning_rate_schedule=LEARNING_RATE_SCHEDULES[name],
     )
-    ours = learning_rate_share(jnp.arange(total), chosen)
-    theirs = [(step + 1) / warmup for step in range(warmup)]
-    theirs += [float(schedule(step)) for step in range(10)]
-    np.testing.assert_allclose(ours, theirs, atol=1e-6)
+    actual = learning_rate_share(jnp.arange(total), train_settings)
+    expected = [(step + 1) / warmup for step in range(warmup)]
+    expected += [float(schedule(step)) for step in range(10)]
+    np.testing.assert_allclose(actual, expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("optimizer", [*OPTIMIZERS, "test_optimizers:ADAGRAD"])
-def test_a_state_is_split_among_groups_of_devices_and_joined(optimizer):
+def test_optimizer_state_is_split_among_device_groups_and_joined(optimizer):
     _, params = build()
     host = jax.tree.map(np.asarray, init_state(params, 1e-3, 0, OPTIMIZERS[optimizer]))
     groups = [DeviceGroup((0,), make_mesh(1, 1)), DeviceGroup((1,), make_mesh(1, 1))]
     parts = split_state(host, groups, EXITS)
     sizes = [sum(x.size for x in jax.tree.leaves(part.opt_state)) for part in parts]
     assert all(0 < size < sum(x.size for x in jax.tree.leaves(host.opt_state)) for size in sizes)
-    whole = join_state(parts)
-    assert jax.tree.structure(whole) == jax.tree.structure(host)
-    jax.tree.map(np.testing.assert_array_equal, whole, host)
+    joined = join_state(parts)
+    assert jax.tree.structure(joined) == jax.tree.structure(host)
+    jax.tree.map(np.testing.assert_array_equal, joined, host)
 
 
 @pytest.mark.parametrize("optimizer", [*OPTIMIZERS, "test_optimizers:ADAGRAD"])
-def test_moments_of_any_optimizer_are_spread_over_the_devices(optimizer):
+def test_optimizer_moments_are_sharded_over_devices(optimizer):
     _, params = build()
     host = jax.tree.map(np.asarray, init_state(params, 1e-3, 0, OPTIMIZERS[optimizer]))
     shardings = state_shardings(make_mesh(1, 4), host, 1)
@@ -130,10 +132,10 @@ def test_moments_of_any_optimizer_are_spread_over_the_devices(optimizer):
     assert all(x.is_fully_replicated for x in jax.tree.leaves(shardings.params))
 
 
-def test_a_state_need_not_start_with_zeros(options):
-    own = {"optimizer": "test_optimizers:ADAGRAD", "seeds": (0, 1)}
-    own["learning_rate_schedule"] = "test_optimizers:square_root"
-    job = prepare(from_mapping(options | own))
+def test_initial_optimizer_state_may_be_nonzero(options):
+    changes = {"optimizer": "test_optimizers:ADAGRAD", "seeds": (0, 1)}
+    changes["learning_rate_schedule"] = "test_optimizers:square_root"
+    job = prepare(from_mapping(options | changes))
     (spec,) = model_specs(job.config)
     graphdef, state = initial_state(job.config, job.checkpoint, spec, 2)
     for accumulator, param in zip(
@@ -141,12 +143,12 @@ def test_a_state_need_not_start_with_zeros(options):
     ):
         assert accumulator.shape == param.shape
         assert (accumulator == 0.5).all()
-    chosen = step_settings(job.config, graphdef, spec.exits, 160)
-    assert chosen.optimizer.update is ADAGRAD.update
-    assert chosen.learning_rate_schedule(jnp.float32(0.25)) == 0.5
+    actual = step_settings(job.config, graphdef, spec.exits, 160)
+    assert actual.optimizer.update is ADAGRAD.update
+    assert actual.learning_rate_schedule(jnp.float32(0.25)) == 0.5
 
 
-def test_an_optimizer_or_schedule_that_will_not_do_is_named_before_training(options):
+def test_invalid_optimizer_or_schedule_name_is_refused_before_training(options):
     with pytest.raises(UserError, match="unknown optimizer 'adam': did you mean 'adamw'"):
         from_mapping(options | {"optimizer": "adam"})
     with pytest.raises(UserError, match="unknown learning_rate_schedule 'poly'"):
@@ -165,17 +167,19 @@ def test_an_optimizer_or_schedule_that_will_not_do_is_named_before_training(opti
         ("NEEDS_A_VALUE", "cannot be used: TypeError: .*'value'"),
     ],
 )
-def test_an_optimizer_is_tried_before_training(options, name, words):
+def test_unusable_optimizer_or_schedule_is_refused_before_training(options, name, words):
     job = prepare(from_mapping(options | {"optimizer": f"test_optimizers:{name}"}))
     (spec,) = model_specs(job.config)
     with pytest.raises(UserError, match=f"optimizer 'test_optimizers:{name}' {words}"):
         initial_state(job.config, job.checkpoint, spec, 2)
-    own = {"learning_rate_schedule": "test_optimizers:of_numbers"}
-    with pytest.raises(UserError, match=r"of_numbers' failed: .*; use jax.numpy, and no branches"):
-        prepare(from_mapping(options | own))
+    changes = {"learning_rate_schedule": "test_optimizers:scalar_square_root"}
+    with pytest.raises(
+        UserError, match=r"scalar_square_root' failed: .*; use jax.numpy, and no branches"
+    ):
+        prepare(from_mapping(options | changes))
 
 
-def test_a_state_that_is_not_like_the_parameters_is_not_split():
+def test_state_without_the_structure_of_parameters_is_not_split():
     _, params = build()
     host = jax.tree.map(np.asarray, init_state(params, 1e-3, 0, MASKED))
     groups = [DeviceGroup((0,), make_mesh(1, 1)), DeviceGroup((1,), make_mesh(1, 1))]
@@ -183,7 +187,7 @@ def test_a_state_that_is_not_like_the_parameters_is_not_split():
         split_state(host, groups, EXITS)
 
 
-def test_a_name_that_is_assigned_again_is_another_optimizer(options, monkeypatch):
+def test_step_settings_change_when_optimizer_name_is_reassigned(options, monkeypatch):
     monkeypatch.setitem(OPTIMIZERS, "mine", ADAGRAD)
     job = prepare(from_mapping(options | {"optimizer": "mine"}))
     first = step_settings(job.config, None, (1,), 160)
@@ -193,8 +197,8 @@ def test_a_name_that_is_assigned_again_is_another_optimizer(options, monkeypatch
 
 
 @pytest.mark.slow
-def test_a_run_of_the_version_before_goes_on(options, tmp_path):
-    """Its checkpoints have the optimizer state under the name "adam"."""
+def test_checkpoint_of_older_release_with_adam_state_is_resumed(options, tmp_path):
+    """Older releases store the optimizer state under the name "adam"."""
     job = prepare(from_mapping(options | {"max_steps": 2, "checkpoint_every": 1, "epochs": 2}))
     (spec,) = model_specs(job.config)
     fit(job.training_job(spec, tmp_path))
@@ -202,17 +206,17 @@ def test_a_run_of_the_version_before_goes_on(options, tmp_path):
     _, state = initial_state(job.config, job.checkpoint, spec, 2)
     state = drop_replica_axis(state, 1)
     checkpoints = Checkpoints(folder)
-    whole = abstract_state(state, replica_sharding(make_mesh(1, 8), 1))
-    step, newest = checkpoints.restore(whole)
+    abstract = abstract_state(state, replica_sharding(make_mesh(1, 8), 1))
+    step, newest = checkpoints.restore(abstract)
     checkpoints.close()
     shutil.rmtree(folder)
-    older = {"adam" if k == "opt_state" else k: v for k, v in newest._asdict().items()}
+    old_format = {"adam" if k == "opt_state" else k: v for k, v in newest._asdict().items()}
     checkpoints = Checkpoints(folder)
-    checkpoints.save(step, older)
-    restored, again = restore_newest(checkpoints, whole)
+    checkpoints.save(step, old_format)
+    restored_step, restored_state = restore_newest(checkpoints, abstract)
     checkpoints.close()
-    assert restored == step == 2
-    jax.tree.map(np.testing.assert_array_equal, again, newest)
+    assert restored_step == step == 2
+    jax.tree.map(np.testing.assert_array_equal, restored_state, newest)
     lion = abstract_state(
         jax.tree.map(np.asarray, init_state(state.params, 0.0, 0, OPTIMIZERS["lion"])),
         replica_sharding(make_mesh(1, 8), 1),
@@ -224,7 +228,7 @@ def test_a_run_of_the_version_before_goes_on(options, tmp_path):
 
 
 @pytest.mark.parametrize("name", list(OPTIMIZERS))
-def test_the_optimizers_of_the_package_start_at_zero(name):
+def test_state_of_built_in_optimizers_starts_at_zero(name):
     _, params = build()
     assert check_optimizer(name, OPTIMIZERS[name], params)
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(OPTIMIZERS[name].init(params)))

@@ -1,4 +1,4 @@
-"""ExitOutputs: shapes at the door, whole files, and nothing unpickled."""
+"""ExitOutputs: validation of arrays, and files, of which none is unpickled."""
 
 import json
 
@@ -15,32 +15,32 @@ LABELS = RNG.integers(0, 4, (2, 5))
 
 
 @pytest.mark.parametrize("file", ["x.npz", "x", "x.dat"])
-def test_what_is_saved_is_loaded(tmp_path, file):
+def test_outputs_round_trip_through_one_file_of_any_suffix(tmp_path, file):
     identity = RunIdentity(task="tëst", classes=("a", "b"), replicas=((0, 1e-4), (1, 1e-4)))
     outputs = ExitOutputs(LOGITS, LABELS, [1, 2, 4], exit_scores=LOGITS[..., 0], identity=identity)
     outputs.save(tmp_path / "deep" / file)
-    again = ExitOutputs.load(tmp_path / "deep" / file)
+    loaded = ExitOutputs.load(tmp_path / "deep" / file)
     for name in ("logits", "labels", "layers", "cost", "exit_scores"):
-        np.testing.assert_array_equal(getattr(again, name), getattr(outputs, name))
-        assert getattr(again, name).dtype == getattr(outputs, name).dtype
-    assert again.identity == identity
+        np.testing.assert_array_equal(getattr(loaded, name), getattr(outputs, name))
+        assert getattr(loaded, name).dtype == getattr(outputs, name).dtype
+    assert loaded.identity == identity
     assert [path.name for path in (tmp_path / "deep").iterdir()] == [file]
 
 
-def test_identities_of_other_versions_are_read(tmp_path):
+def test_identity_of_other_releases_is_read_with_defaults(tmp_path):
     arrays = {"logits": LOGITS, "labels": LABELS, "layers": [1, 2, 4]}
     identity = {"metric": "f1", "replicas": [[0, 1e-4], [1, 3e-4]], "added_later": {"a": 1}}
     np.savez(tmp_path / "x.npz", **arrays, identity=np.asarray(json.dumps(identity)))
-    found = ExitOutputs.load(tmp_path / "x.npz").identity
-    assert found == RunIdentity(metric="f1", replicas=((0, 1e-4), (1, 3e-4)))
-    assert (found.fitted_on, found.policy) == ("held_out", "confidence")
+    loaded = ExitOutputs.load(tmp_path / "x.npz").identity
+    assert loaded == RunIdentity(metric="f1", replicas=((0, 1e-4), (1, 3e-4)))
+    assert (loaded.fitted_on, loaded.policy) == ("held_out", "confidence")
     np.savez(tmp_path / "none.npz", **arrays)
     assert ExitOutputs.load(tmp_path / "none.npz").identity == RunIdentity()
-    found = ExitOutputs(logits=LOGITS, labels=LABELS, layers=[1, 2, 4], cost=[0.1, 0.2, 1.0])
-    assert found.identity.metric == "accuracy"
+    outputs = ExitOutputs(logits=LOGITS, labels=LABELS, layers=[1, 2, 4], cost=[0.1, 0.2, 1.0])
+    assert outputs.identity.metric == "accuracy"
 
 
-def test_one_replica_and_one_row_of_labels_are_broadcast():
+def test_single_replica_and_shared_labels_are_broadcast():
     outputs = ExitOutputs(LOGITS[0], LABELS[0], [1, 2, 4])
     assert outputs.logits.shape == (1, 3, 5, 4)
     assert outputs.labels.shape == (1, 5)
@@ -50,10 +50,10 @@ def test_one_replica_and_one_row_of_labels_are_broadcast():
     )
 
 
-def test_costs_of_the_methods():
+def test_layer_cost_accumulates_models_of_multi_model():
     np.testing.assert_allclose(layer_cost([1, 4, 6, 12], "sweet"), np.array([1, 4, 6, 12]) / 12)
-    wanted = np.array([1, 5, 11, 23]) / 12
-    np.testing.assert_allclose(layer_cost([1, 4, 6, 12], "multi_model"), wanted)
+    expected = np.array([1, 5, 11, 23]) / 12
+    np.testing.assert_allclose(layer_cost([1, 4, 6, 12], "multi_model"), expected)
 
 
 @pytest.mark.parametrize(
@@ -78,13 +78,13 @@ def test_costs_of_the_methods():
         {"identity": {"metric": "f1"}},
     ],
 )
-def test_what_does_not_fit_is_refused(change):
+def test_invalid_or_inconsistent_arrays_are_refused(change):
     values = {"logits": LOGITS, "labels": LABELS, "layers": [1, 2, 4]}
     with pytest.raises(ValueError, match="must be"):
         ExitOutputs(**{**values, **change})
 
 
-def test_other_files_are_refused(tmp_path):
+def test_file_without_intact_exit_outputs_is_refused(tmp_path):
     with pytest.raises(UserError, match="no exit outputs"):
         ExitOutputs.load(tmp_path / "absent.npz")
     (tmp_path / "text.npz").write_text("hello")
@@ -96,8 +96,8 @@ def test_other_files_are_refused(tmp_path):
     np.savez(tmp_path / "replicas.npz", **arrays, identity=np.asarray('{"replicas": 1}'))
     np.savez(tmp_path / "pickle.npz", logits=np.asarray([{"a": 1}], object))
     ExitOutputs(LOGITS, LABELS, [1, 2, 4]).save(tmp_path / "cut.npz")
-    whole = (tmp_path / "cut.npz").read_bytes()
-    (tmp_path / "cut.npz").write_bytes(whole[: len(whole) // 2])
+    content = (tmp_path / "cut.npz").read_bytes()
+    (tmp_path / "cut.npz").write_bytes(content[: len(content) // 2])
     for name in ("text", "other", "pickle", "cut", "list", "replicas"):
         with pytest.raises(UserError, match="does not hold exit outputs"):
             ExitOutputs.load(tmp_path / f"{name}.npz")

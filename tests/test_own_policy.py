@@ -1,4 +1,4 @@
-"""A policy of the user's own: every target, by function and by name, and saved by its name."""
+"""Policy functions of users, given as functions or by name, with every target."""
 
 import dataclasses
 import importlib
@@ -26,9 +26,9 @@ TARGETS = ({"cost": 0.6}, {"accuracy": 0.7}, {"agreement": 0.7}, {"risk": 0.3}, 
 
 
 def largest(outputs, temperatures):
-    """What the policy raw_confidence computes."""
-    found = softmax(outputs.logits.astype(np.float64)).max(axis=-1)
-    return np.minimum(found, np.nextafter(1.0, 0.0))
+    """Computes the same as the policy raw_confidence."""
+    probabilities = softmax(outputs.logits.astype(np.float64)).max(axis=-1)
+    return np.minimum(probabilities, np.nextafter(1.0, 0.0))
 
 
 @pytest.fixture(scope="module")
@@ -38,66 +38,67 @@ def run(fine_tuned) -> Run:
 
 @pytest.mark.parametrize("target", TARGETS, ids=str)
 @pytest.mark.parametrize("policy", [NAME, largest], ids=["name", "function"])
-def test_every_target_is_that_of_the_same_policy_by_its_name(run, sweet, policy, target):
-    wanted = run.operating_point("raw_confidence", **target)
-    found = run.operating_point(policy, **target)
-    assert found.as_dict() == wanted.as_dict()
+def test_every_target_equals_that_of_the_equivalent_built_in_policy(run, sweet, policy, target):
+    expected = run.operating_point("raw_confidence", **target)
+    actual = run.operating_point(policy, **target)
+    assert actual.as_dict() == expected.as_dict()
     model = sweet.classifier.model
     engine = load_engine(model)
     served = AdaptiveClassifier(model, policy, target, engine)
-    named = AdaptiveClassifier(model, "raw_confidence", target, engine)
-    assert served.threshold == named.threshold == found.threshold
+    built_in = AdaptiveClassifier(model, "raw_confidence", target, engine)
+    assert served.threshold == built_in.threshold == actual.threshold
     texts = sweet.texts[:8]
-    assert served.predict(texts).exits.tolist() == named.predict(texts).exits.tolist()
-    assert served.at(cost=0.7).threshold == named.at(cost=0.7).threshold
+    assert served.predict(texts).exits.tolist() == built_in.predict(texts).exits.tolist()
+    assert served.at(cost=0.7).threshold == built_in.at(cost=0.7).threshold
 
 
-def test_functions_of_the_same_name_are_told_apart(sweet):
+def test_policy_functions_of_the_same_name_are_distinguished(sweet):
     def scaled(factor):
         return lambda outputs, temperatures: factor * largest(outputs, temperatures)
 
-    one = AdaptiveClassifier(
+    unscaled = AdaptiveClassifier(
         sweet.classifier.model, scaled(1), {"cost": 0.7}, load_engine(sweet.classifier.model)
     )
-    for before in (one, one.at(cost=0.6)):
-        ten = before.at(scaled(10), cost=0.7)
-        assert ten.policy_name == one.policy_name
-        assert ten.threshold == pytest.approx(10 * one.threshold)
-        assert ten.at(cost=0.7).threshold == ten.threshold
+    for classifier in (unscaled, unscaled.at(cost=0.6)):
+        scaled_up = classifier.at(scaled(10), cost=0.7)
+        assert scaled_up.policy_name == unscaled.policy_name
+        assert scaled_up.threshold == pytest.approx(10 * unscaled.threshold)
+        assert scaled_up.at(cost=0.7).threshold == scaled_up.threshold
 
 
-def test_milliseconds_too(sweet, monkeypatch):
+def test_milliseconds_target_equals_that_of_equivalent_built_in_policy(sweet, monkeypatch):
     clock = SimpleNamespace(until_exit=lambda tokens: np.asarray([1.0, 2.0, 4.0]))
     monkeypatch.setattr("sweet_jax.inference.classifier.read_latency", lambda *_: clock)
     model = sweet.classifier.model
     engine, target = load_engine(model), {"milliseconds": 2.5}
-    found, wanted = (
-        AdaptiveClassifier(model, p, target, engine) for p in (largest, "raw_confidence")
+    actual, expected = (
+        AdaptiveClassifier(model, policy, target, engine) for policy in (largest, "raw_confidence")
     )
-    assert found.threshold == wanted.threshold
+    assert actual.threshold == expected.threshold
 
 
-def test_the_command_takes_its_name(run, capsys):
+def test_simulate_command_takes_module_and_function_name(run, capsys):
     assert simulate_main([f"--run={run.directory}", f"--policy={NAME}", "--cost=0.6"]) == 0
-    own = capsys.readouterr().out
+    stdout = capsys.readouterr().out
     assert simulate_main([f"--run={run.directory}", "--policy=raw_confidence", "--cost=0.6"]) == 0
-    assert own == capsys.readouterr().out
+    assert stdout == capsys.readouterr().out
     assert simulate_main([f"--run={run.directory}", "--policy=nowhere:f", "--cost=0.6"]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: policy 'nowhere:f': ModuleNotFoundError: No module named")
     assert error.count("\n") == 1
 
 
-def test_a_model_is_saved_with_its_name(sweet, fine_tuned, tmp_path):
+def test_saved_model_names_its_policy_and_predicts_with_it(sweet, fine_tuned, tmp_path):
     folder, values = fine_tuned
     shutil.copytree(folder / "model", tmp_path / "model")  # without the run's calibration rows
     config = from_mapping(values | {"confidence": NAME, "learning_to_exit": ""}).resolved()
     assert config.policy == NAME
     splits = [
-        ExitOutputs.load(folder / f"exit_outputs/{s}.npz") for s in ("calibration", "validation")
+        ExitOutputs.load(folder / f"exit_outputs/{split}.npz")
+        for split in ("calibration", "validation")
     ]
     identity = dataclasses.replace(splits[0].identity, policy=NAME)
-    analysis = analyse(*(dataclasses.replace(each, identity=identity) for each in splits))
+    analysis = analyse(*(dataclasses.replace(outputs, identity=identity) for outputs in splits))
     task = SimpleNamespace(text_columns=("text",), metric="accuracy")
     dataset = SimpleNamespace(classes=sweet.classifier.classes, task=task)
     path = tmp_path / "model" / "exits.json"
@@ -105,12 +106,12 @@ def test_a_model_is_saved_with_its_name(sweet, fine_tuned, tmp_path):
     path.write_text(json.dumps(written))
     model = open_model(tmp_path / "model")
     assert model.policy == NAME
-    found = AdaptiveClassifier(model, target={"cost": 0.6}, engine=load_engine(model))
-    assert found.policy_name == NAME
-    assert found.threshold == Run.load(folder).operating_point(largest, cost=0.6).threshold
+    classifier = AdaptiveClassifier(model, target={"cost": 0.6}, engine=load_engine(model))
+    assert classifier.policy_name == NAME
+    assert classifier.threshold == Run.load(folder).operating_point(largest, cost=0.6).threshold
 
 
-def test_a_module_that_is_reloaded_gives_its_new_function(tmp_path, monkeypatch):
+def test_reloaded_module_gives_its_new_policy_function(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(sys, "dont_write_bytecode", True)  # files of the same second and size
     path = tmp_path / "reloaded_policy.py"
@@ -122,19 +123,19 @@ def test_a_module_that_is_reloaded_gives_its_new_function(tmp_path, monkeypatch)
     assert policy_reference(module.one) == "reloaded_policy:one"
 
 
-def zeroed(outputs, temperatures):
+def write_outputs(outputs, temperatures):
     outputs.logits[:] = 0
 
 
-def graded(outputs, temperatures):
+def read_labels(outputs, temperatures):
     return outputs.labels
 
 
 @pytest.mark.parametrize(
     ("policy", "reason"),
-    [(zeroed, "ValueError: .*read-only"), (graded, "AttributeError: .*labels")],
+    [(write_outputs, "ValueError: .*read-only"), (read_labels, "AttributeError: .*labels")],
 )
-def test_a_policy_neither_writes_into_outputs_nor_reads_labels(sweet, policy, reason):
+def test_policy_can_neither_write_outputs_nor_read_labels(sweet, policy, reason):
     before = sweet.outputs.logits.copy()
     name = rf"the policy 'test_own_policy:{policy.__name__}' failed \({reason}"
     with pytest.raises(UserError, match=name):
@@ -142,7 +143,7 @@ def test_a_policy_neither_writes_into_outputs_nor_reads_labels(sweet, policy, re
     np.testing.assert_array_equal(sweet.outputs.logits, before)
 
 
-def test_what_cannot_be_used_is_refused_in_one_line(sweet, fine_tuned, tmp_path):
+def test_unusable_policies_and_missing_calibration_are_refused(sweet, fine_tuned, tmp_path):
     assert policy_reference(largest) == NAME
     with pytest.raises(UserError, match="AttributeError"):
         policy_reference(lambda outputs, temperatures: None)
@@ -162,6 +163,6 @@ def test_what_cannot_be_used_is_refused_in_one_line(sweet, fine_tuned, tmp_path)
         sweet.classifier.model.resolver.calibrator, temperatures=np.full(3, 7.0)
     )
     resolver = dataclasses.replace(sweet.classifier.model.resolver, calibrator=changed)
-    other = dataclasses.replace(sweet.classifier.model, resolver=resolver)
+    recalibrated = dataclasses.replace(sweet.classifier.model, resolver=resolver)
     with pytest.raises(UserError, match="do not fit this model, which was recalibrated"):
-        AdaptiveClassifier(other, largest, {"cost": 0.5}, engine)
+        AdaptiveClassifier(recalibrated, largest, {"cost": 0.5}, engine)

@@ -1,4 +1,4 @@
-"""The panel of recipes: its scores, statistics, order of work and tables."""
+"""The panel of recipes: scores, statistics, units and tables."""
 
 import argparse
 import contextlib
@@ -62,108 +62,117 @@ def outputs(metric: str, method: str = "early_exit", rows: int = 60) -> ExitOutp
 
 @pytest.mark.parametrize("metric", ["accuracy", "matthews"])
 @pytest.mark.parametrize("method", ["early_exit", "multi_model"])
-def test_areas_on_drawn_rows_are_those_of_the_simulator_on_these_rows(metric, method):
+def test_bootstrap_areas_equal_simulation_of_drawn_rows(metric, method):
     rows = outputs(metric, method)
     analysis = analyse(rows, rows)
     scores = score_run(analysis)
     confidences = exit_confidences(rows, "confidence", analysis.calibrators)
     counts = draw_counts(60)
-    for d in (0, 1):
-        drawn = np.repeat(np.arange(60), counts[d])
-        curve = simulate(rows.rows(drawn), lambda *_, at=drawn: confidences[..., at])
+    for draw in (0, 1):
+        drawn = np.repeat(np.arange(60), counts[draw])
+        curve = simulate(rows.rows(drawn), lambda *_, drawn=drawn: confidences[..., drawn])
         expected = [mean_to_full(*pair) for pair in zip(curve.cost, curve.score, strict=True)]
-        np.testing.assert_allclose(scores.drawn_area[d], expected, rtol=1e-12)
-    ones = np.ones((1, 60), int)
-    whole = [bootstrap_replica_areas(rows.replica(s), confidences[s], ones)[0] for s in range(2)]
-    np.testing.assert_allclose(whole, scores.area, rtol=1e-12)
+        np.testing.assert_allclose(scores.drawn_area[draw], expected, rtol=1e-12)
+    all_once = np.ones((1, 60), int)
+    areas = [
+        bootstrap_replica_areas(rows.replica(s), confidences[s], all_once)[0] for s in range(2)
+    ]
+    np.testing.assert_allclose(areas, scores.area, rtol=1e-12)
 
 
 @pytest.mark.parametrize("metric", ["accuracy", "matthews"])
-def test_scores_on_drawn_rows_are_the_metric_of_these_rows(metric):
+def test_bootstrap_scores_equal_metric_of_drawn_rows(metric):
     rng = np.random.default_rng(0)
     labels, predictions = rng.integers(0, 2, 50), rng.integers(0, 2, (3, 50))
-    found = with_draws(metric, predictions, labels, 2)
-    for d in (0, 7):
-        at = np.repeat(np.arange(50), draw_counts(50)[d])
-        expected = [compute_metric(metric, each[at], labels[at], 2) for each in predictions]
-        np.testing.assert_allclose(found.drawn_area[d], expected, rtol=1e-12)
-    np.testing.assert_allclose(found.area, found.exits[:, 0])
+    scores = with_draws(metric, predictions, labels, 2)
+    for draw in (0, 7):
+        drawn = np.repeat(np.arange(50), draw_counts(50)[draw])
+        expected = [
+            compute_metric(metric, of_seed[drawn], labels[drawn], 2) for of_seed in predictions
+        ]
+        np.testing.assert_allclose(scores.drawn_area[draw], expected, rtol=1e-12)
+    np.testing.assert_allclose(scores.area, scores.exits[:, 0])
 
 
 def record(area: float, seeds: int = 5, spread: float = 0.01, exits: int = 4) -> Record:
-    """Returns a record with these scores as trained, and two points more as refitted."""
+    """Returns a record whose refitted scores are two points above the trained ones."""
     rng = np.random.default_rng(0)
     scores = {}
-    for kind, more in (("trained", 0.0), ("refit", 0.02)):
-        areas = area + more + spread * rng.normal(size=seeds)
+    for kind, gain in (("trained", 0.0), ("refit", 0.02)):
+        areas = area + gain + spread * rng.normal(size=seeds)
         drawn = areas + spread * rng.normal(size=(300, 1)) if exits > 1 else None
-        scores[kind] = Scores(np.full((seeds, exits), area + more), areas, drawn)
+        scores[kind] = Scores(np.full((seeds, exits), area + gain), areas, drawn)
     return Record({"exits": [1, 2, 4, 6]}, {"validation": 1000}, scores, {"cpu_seconds": 60})
 
 
-def fill(output: Path, cells=("sst2-500", "mrpc-500")) -> None:
+def write_panel(output: Path, cells=("sst2-500", "mrpc-500")) -> None:
     """Writes a panel in which SWEET gains most by mean pooling and a probe."""
     areas = {"recipe": 0.85, "early_exit": 0.6, "sweet": 0.7, "multi_model": 0.65}
-    one = {"probe_1": 0.7, "probe_2": 0.7, "probe_4": 0.7, "probe_6": 0.7, "tfidf": 0.86}
+    baselines = {"probe_1": 0.7, "probe_2": 0.7, "probe_4": 0.7, "probe_6": 0.7, "tfidf": 0.86}
     for cell in cells:
         write_record(output, cell, "recipe", record(areas["recipe"]))
         write_record(output, cell, "plain", record(0.8, exits=1))
         for method in ("early_exit", "sweet", "multi_model"):
             write_record(output, cell, f"{method}-first-random", record(areas[method]))
-            more = 0.16 if method == "sweet" else 0.05
-            write_record(output, cell, f"{method}-mean-probe", record(areas[method] + more))
-        kinds = {k: Scores(np.full((5, 1), v), np.full(5, v)) for k, v in one.items()}
-        write_record(output, cell, "baselines", Record({}, {}, kinds, {"cpu_seconds": 60}))
+            gain = 0.16 if method == "sweet" else 0.05
+            write_record(output, cell, f"{method}-mean-probe", record(areas[method] + gain))
+        scores = {
+            name: Scores(np.full((5, 1), score), np.full(5, score))
+            for name, score in baselines.items()
+        }
+        write_record(output, cell, "baselines", Record({}, {}, scores, {"cpu_seconds": 60}))
 
 
-def test_a_record_is_read_as_it_was_written_and_is_small(tmp_path):
-    given = record(0.7)
-    write_record(tmp_path, "sst2-500", "recipe", given)
-    found = read_record(tmp_path, "sst2-500", "recipe")
-    for kind, scores in given.scores.items():
-        read = found.scores[kind]
-        np.testing.assert_allclose(read.area, scores.area, atol=1e-6)
-        np.testing.assert_allclose(read.exits, scores.exits, atol=1e-6)
-        np.testing.assert_allclose(read.drawn_area, scores.drawn_area, atol=3e-5)
+def test_record_is_read_as_written_and_file_is_small(tmp_path):
+    written = record(0.7)
+    write_record(tmp_path, "sst2-500", "recipe", written)
+    read = read_record(tmp_path, "sst2-500", "recipe")
+    for kind, scores in written.scores.items():
+        actual = read.scores[kind]
+        np.testing.assert_allclose(actual.area, scores.area, atol=1e-6)
+        np.testing.assert_allclose(actual.exits, scores.exits, atol=1e-6)
+        np.testing.assert_allclose(actual.drawn_area, scores.drawn_area, atol=3e-5)
     assert record_path(tmp_path, "sst2-500", "recipe").stat().st_size < 10_000
     assert read_record(tmp_path, "sst2-500", "plain") is None
 
 
-def test_holm_multiplies_by_the_hypotheses_that_are_left():
+def test_holm_multiplies_by_the_number_of_remaining_hypotheses():
     np.testing.assert_allclose(holm([0.01, 0.04, 0.03]), [0.03, 0.06, 0.06])
     np.testing.assert_allclose(holm([0.6, 0.7]), [1, 1])
 
 
-def test_a_difference_is_paired_by_seed_and_by_drawn_rows():
-    one = record(0.7).scores["trained"]
-    same_rows = Scores(one.exits, one.area - 0.01, one.drawn_area - 0.01)
-    found = compare(one, same_rows)
-    np.testing.assert_allclose(found[:3], [0.01] * 3, atol=1e-9)
+def test_difference_is_paired_by_seed_and_by_drawn_rows():
+    scores = record(0.7).scores["trained"]
+    same_rows = Scores(scores.exits, scores.area - 0.01, scores.drawn_area - 0.01)
+    difference = compare(scores, same_rows)
+    np.testing.assert_allclose(difference[:3], [0.01] * 3, atol=1e-9)
     rng = np.random.default_rng(1)
-    apart = Scores(one.exits, one.area - 0.01, one.area + rng.normal(size=(300, 5)) - 0.01)
-    found = compare(one, apart)
-    assert found.low < 0 < found.high
-    assert found.p > 0.5
+    other_rows = Scores(
+        scores.exits, scores.area - 0.01, scores.area + rng.normal(size=(300, 5)) - 0.01
+    )
+    difference = compare(scores, other_rows)
+    assert difference.low < 0 < difference.high
+    assert difference.p > 0.5
 
 
-def test_the_default_is_the_largest_area_that_is_nowhere_significantly_below(tmp_path):
-    fill(tmp_path)
-    found, _ = load_scores(tmp_path)
-    assert choose_default(found)[0] == "sweet-mean-probe refit"
+def test_default_has_largest_area_among_variants_never_significantly_below(tmp_path):
+    write_panel(tmp_path)
+    scores, _ = load_scores(tmp_path)
+    assert choose_default(scores)[0] == "sweet-mean-probe refit"
     # Another variant has the largest mean, but is far below in one cell.
     write_record(tmp_path, "sst2-500", "recipe", record(0.99))
     write_record(tmp_path, "mrpc-500", "recipe", record(0.80))
-    found, _ = load_scores(tmp_path)
-    best, names = choose_default(found)
+    scores, _ = load_scores(tmp_path)
+    best, names = choose_default(scores)
     assert names[0] == "recipe refit"
     assert best == "sweet-mean-probe refit"
-    counts = {goal.text: goal.met_in for goal in goals(found, "recipe refit")}
+    counts = {goal.text: goal.met_in for goal in goals(scores, "recipe refit")}
     assert counts["area not significantly below any of these"] == 1
     assert counts["every exit at or above TF-IDF less 0.5"] == 1
 
 
-def test_the_page_has_every_table_and_names_what_was_not_run(tmp_path):
-    fill(tmp_path)
+def test_page_has_every_table_and_names_variants_not_run(tmp_path):
+    write_panel(tmp_path)
     assert panel.main(["--render_only", f"--output={tmp_path}"]) == 0
     page = (tmp_path / "README.md").read_text()
     assert "| sweet-mean-probe refit | 87.9" in page
@@ -179,30 +188,30 @@ def test_the_page_has_every_table_and_names_what_was_not_run(tmp_path):
         "setfit": record(0.8).scores["trained"],
         "recipe exit 6": record(0.85).scores["refit"],
     }
-    beside = Record({}, {}, scores, {"cpu_seconds": 500})
-    write_record(tmp_path, "sst2-500", "setfit", beside)
+    setfit = Record({}, {}, scores, {"cpu_seconds": 500})
+    write_record(tmp_path, "sst2-500", "setfit", setfit)
     assert panel.main(["--render_only", f"--output={tmp_path}"]) == 0
     page = (tmp_path / "README.md").read_text()
     assert re.search(r"\| sst2-500 \| 80\.\d \| 5 \| \*\*\+6\.9 \[.*\]\*\* \| 100 \|", page)
 
 
-def test_the_page_is_rendered_from_the_committed_records(tmp_path):
+def test_committed_page_equals_page_rendered_from_records(tmp_path):
     shutil.copytree(RESULTS / "cells", tmp_path / "cells")
     assert panel.main(["--render_only", f"--output={tmp_path}"]) == 0
     assert (tmp_path / "README.md").read_bytes() == (RESULTS / "README.md").read_bytes()
 
 
-def test_stages_have_all_units_once_and_the_core_first():
-    every = units()
+def test_units_are_unique_and_start_with_the_core():
+    all_units = units()
     pairs = [name for name in CELLS if stored_as(name, "recipe-mean") == "recipe-mean"]
     assert {CELLS[name].task for name in pairs} == {"mrpc", "rte", "qqp", "qnli", "mnli"}
-    # A variant of another pooling of pairs is the other variant where a row is one text.
-    same = (len(CELLS) - len(pairs)) * (1 + len(AUTO_PROBE))
-    assert len(set(every)) == len(every) == len(CELLS) * (len(VARIANTS) + 1) - same
-    assert every[: len(units(CORE))] == units(CORE)
+    # For single texts, a variant that only changes the pooling of pairs is its base variant.
+    shared = (len(CELLS) - len(pairs)) * (1 + len(AUTO_PROBE))
+    assert len(set(all_units)) == len(all_units) == len(CELLS) * (len(VARIANTS) + 1) - shared
+    assert all_units[: len(units(CORE))] == units(CORE)
 
 
-def test_a_change_differs_from_the_variant_that_it_changes_in_what_it_says():
+def test_change_differs_from_its_base_variant_only_as_declared():
     options = argparse.Namespace(data_dir=Path("glue"), text_dir=Path("text"))
     for name, (base, change) in CHANGES.items():
         assert VARIANTS[name] == VARIANTS[base] | change
@@ -219,82 +228,85 @@ def test_all_variants_of_a_cell_train_on_the_same_rows():
     assert rows == {(True, (0, 1, 2, 3, 4), 0.1, 0.1)}
 
 
-def test_variants_of_one_run_have_its_scores_where_a_row_is_one_text(tmp_path):
+def test_variants_stored_as_one_run_share_its_scores_for_single_texts(tmp_path):
     for cell in ("sst2-500", "mrpc-500"):
         write_record(tmp_path, cell, "recipe", record(0.9))
-    found, records = load_scores(tmp_path)
+    scores, records = load_scores(tmp_path)
     for kind in ("trained", "refit"):
-        own, other = (found["sst2-500"][f"{name} {kind}"] for name in ("recipe", "recipe-mean"))
-        np.testing.assert_array_equal(own.area, other.area)
-    assert not [name for name in found["mrpc-500"] if "mean" in name]
+        of_cell = scores["sst2-500"]
+        areas = [of_cell[f"{name} {kind}"].area for name in ("recipe", "recipe-mean")]
+        np.testing.assert_array_equal(*areas)
+    assert not [name for name in scores["mrpc-500"] if "mean" in name]
     assert set(records) == {("sst2-500", "recipe"), ("mrpc-500", "recipe")}
 
 
-def start(tmp_path: Path, *more: str) -> list[str]:
-    """Returns arguments that run two units of one cell."""
+def unit_arguments(tmp_path: Path, *options: str) -> list[str]:
+    """Returns arguments that run units of one cell."""
     folders = [f"--{name}={tmp_path / name}" for name in ("workdir", "output")]
-    return [*folders, f"--data_dir={tmp_path}", f"--text_dir={tmp_path}", "--cells=rte-100", *more]
+    data = [f"--data_dir={tmp_path}", f"--text_dir={tmp_path}"]
+    return [*folders, *data, "--cells=rte-100", *options]
 
 
-def test_what_failed_is_left_until_retry_and_what_is_done_is_not_run_again(
+def test_failed_units_wait_for_retry_and_finished_units_are_not_rerun(
     tmp_path, monkeypatch, capsys
 ):
-    ran = []
+    variants_run = []
 
     def run_variant(name, variant, options):
-        ran.append(variant)
-        if variant == "plain" and ran.count("plain") == 1:
+        variants_run.append(variant)
+        if variant == "plain" and variants_run.count("plain") == 1:
             raise ValueError("no luck")
         return record(0.7, seeds=3)
 
     monkeypatch.setattr(panel, "run_variant", run_variant)
     monkeypatch.setattr(panel, "resolve_path", Path)  # the encoder may not be installed
-    arguments = start(tmp_path, "--variants=recipe,plain,frozen")
+    arguments = unit_arguments(tmp_path, "--variants=recipe,plain,frozen")
     assert panel.main(arguments) == 1
     assert panel.main(arguments) == 1
-    assert ran == ["recipe", "plain", "frozen"]
+    assert variants_run == ["recipe", "plain", "frozen"]
     assert panel.main([*arguments, "--list"]) == 0
     assert "failed" in capsys.readouterr().out
     assert panel.main([*arguments, "--retry"]) == 0
-    assert ran == ["recipe", "plain", "frozen", "plain"]
+    assert variants_run == ["recipe", "plain", "frozen", "plain"]
 
 
-def test_a_cell_that_another_process_is_in_is_left_to_it(tmp_path, monkeypatch):
-    """The other process writes the record while this one waits."""
-    monkeypatch.setattr(panel, "run_variant", lambda *_: pytest.fail("two in one cell"))
+def test_cell_locked_by_another_process_is_not_run(tmp_path, monkeypatch):
+    """Another process writes the record while this one waits."""
+    monkeypatch.setattr(panel, "run_variant", lambda *_: pytest.fail("the cell is locked"))
     monkeypatch.setattr(panel, "resolve_path", Path)
-    with contextlib.ExitStack() as held:
-        held.enter_context(lock_directory(tmp_path / "workdir" / "rte-100"))
+    with contextlib.ExitStack() as lock:
+        lock.enter_context(lock_directory(tmp_path / "workdir" / "rte-100"))
 
         def finish(seconds):
             write_record(tmp_path / "output", "rte-100", "recipe", record(0.7, seeds=3))
-            held.close()
+            lock.close()
 
         monkeypatch.setattr(panel.time, "sleep", finish)
-        assert panel.main(start(tmp_path, "--variants=recipe")) == 0
+        assert panel.main(unit_arguments(tmp_path, "--variants=recipe")) == 0
 
 
-def test_setfit_has_all_rows_of_a_seed_with_their_own_labels(checkpoint, rows):
+def test_setfit_trains_on_all_rows_of_its_seed_with_their_labels(checkpoint, rows):
     values = {"task": "tiny", "checkpoint": str(checkpoint), "exits": (1, 3), "seeds": (0, 1)}
     values |= {"data_files": str(rows), "text_columns": "text", "max_length": 16}
     values |= {"train_size": 60, "calibration_fraction": 0.1, "tuning_fraction": 0.1}
     job = prepare(from_mapping(values))
     classes = job.dataset.classes
     with rows.open(newline="") as file:
-        given = {(row["text"], row["label"]) for row in csv.DictReader(file)}
+        file_rows = {(row["text"], row["label"]) for row in csv.DictReader(file)}
     held_out = {text for (text,) in job.dataset.validation.texts}
-    drawn = []
+    texts_of_seeds = []
     for replica in (0, 1):
         texts, labels = all_rows(job, replica)
         assert len(texts) == len(set(texts)) == 60
-        assert {(text, classes[label]) for text, label in zip(texts, labels, strict=True)} <= given
+        labelled = {(text, classes[y]) for text, y in zip(texts, labels, strict=True)}
+        assert labelled <= file_rows
         assert not held_out & set(texts)
-        drawn.append(set(texts))
-    assert drawn[0] != drawn[1]
+        texts_of_seeds.append(set(texts))
+    assert texts_of_seeds[0] != texts_of_seeds[1]
 
 
 @pytest.mark.slow
-def test_a_variant_is_trained_and_scored_on_the_same_validation_rows_as_the_baselines(
+def test_variants_and_baselines_are_scored_on_the_same_validation_rows(
     checkpoint, rows, tmp_path, monkeypatch
 ):
     values = {
@@ -312,7 +324,7 @@ def test_a_variant_is_trained_and_scored_on_the_same_validation_rows_as_the_base
         "method": "sweet",
         "epochs": 1,
     }
-    first = jax.devices()[:1]  # compiled for one device, which is quicker than for four
+    first = jax.devices()[:1]  # one device compiles more quickly than four
     monkeypatch.setattr("sweet_jax.training.sharding.jax.devices", lambda: first)
     monkeypatch.setattr(panel, "config_of", lambda *_: from_mapping(values))
     monkeypatch.setattr(panel, "VALIDATION_ROWS", 20)
@@ -338,7 +350,7 @@ def test_a_variant_is_trained_and_scored_on_the_same_validation_rows_as_the_base
         ([], "set --data_dir and --text_dir, or --list or --render_only"),
     ],
 )
-def test_bad_options_are_named(arguments, words, tmp_path, capsys):
+def test_invalid_options_are_refused_by_name(arguments, words, tmp_path, capsys):
     assert panel.main([*arguments, f"--output={tmp_path}"]) == 2
     assert words in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
