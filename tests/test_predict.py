@@ -1,4 +1,4 @@
-"""The command answers every row of a file, once, and says what it could not read."""
+"""Tests of `sweet-jax predict`: its outputs, resumption, kept columns and errors."""
 
 import contextlib
 import csv
@@ -15,10 +15,13 @@ from sweet_jax.inference import prediction_file
 
 
 @pytest.fixture
-def command(sweet, tmp_path):
-    """Runs the command on rows written as a file; returns its status and the output's objects."""
+def predict_rows(sweet, tmp_path):
+    """Function (name, content, *options) -> exit status and rows of the output.
 
-    def call(name: str, content: str, *more: str) -> tuple[int, list[dict]]:
+    Writes the content to a file of this name and runs the command on it.
+    """
+
+    def run(name: str, content: str, *more: str) -> tuple[int, list[dict]]:
         (tmp_path / name).write_text(content)
         output = tmp_path / "out.jsonl"
         status = predict.main(
@@ -30,48 +33,55 @@ def command(sweet, tmp_path):
                 *more,
             ]
         )
-        lines = output.read_text().splitlines() if output.exists() else []
-        return status, [json.loads(line) for line in lines]
+        return status, read_json_lines(output) if output.exists() else []
 
-    return call
+    return run
 
 
 @contextlib.contextmanager
 def interrupted_at_row(number: int, monkeypatch):
-    """Interrupts commands, as Ctrl-C does, when they count a row of this number."""
+    """Interrupts the command, as Ctrl-C does, at the row of this number."""
     add, count = prediction_file.Tally.add, 0
 
-    def interrupt(self, answer) -> None:
+    def interrupt(self, prediction) -> None:
         nonlocal count
         count += 1
         if count == number:
             raise KeyboardInterrupt
-        add(self, answer)
+        add(self, prediction)
 
     with monkeypatch.context() as patch:
         patch.setattr(prediction_file.Tally, "add", interrupt)
         yield
 
 
-def jsonl(texts) -> str:
-    return "".join(json.dumps({"text": text}) + "\n" for text in texts)
+def json_lines(rows) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)
 
 
-def test_the_command_answers_every_row_in_order(sweet, command, capsys):
-    wanted = sweet.classifier.at(threshold=0.8).predict(sweet.texts, 1)
-    status, answers = command("in.jsonl", jsonl(sweet.texts), "--threshold=0.8")
+def text_lines(texts) -> str:
+    return json_lines({"text": text} for text in texts)
+
+
+def read_json_lines(path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_predictions_equal_those_of_the_classifier_in_row_order(sweet, predict_rows, capsys):
+    expected = sweet.classifier.at(threshold=0.8).predict(sweet.texts, 1)
+    status, predictions = predict_rows("in.jsonl", text_lines(sweet.texts), "--threshold=0.8")
     assert status == 0
-    assert [a["label"] for a in answers] == wanted.labels.tolist()
-    assert [a["exit"] for a in answers] == wanted.exits.tolist()
-    np.testing.assert_allclose([a["cost"] for a in answers], wanted.cost)
+    assert [row["label"] for row in predictions] == expected.labels.tolist()
+    assert [row["exit"] for row in predictions] == expected.exits.tolist()
+    np.testing.assert_allclose([row["cost"] for row in predictions], expected.cost)
     np.testing.assert_allclose(
-        [a["probability"] for a in answers], wanted.probabilities.max(axis=1), atol=1e-5
+        [row["probability"] for row in predictions], expected.probabilities.max(axis=1), atol=1e-5
     )
-    line = capsys.readouterr().out.splitlines()[-1]
-    assert line.startswith(f"{len(answers)} rows (0 with an error)")
-    assert f"mean cost {wanted.cost.mean():.4f}, exits: " in line
-    share = (wanted.exits == 4).mean()
-    assert f"{share:.1%} at layer 4" in line
+    summary = capsys.readouterr().out.splitlines()[-1]
+    assert summary.startswith(f"{len(predictions)} rows (0 with an error)")
+    assert f"mean cost {expected.cost.mean():.4f}, exits: " in summary
+    share = (expected.exits == 4).mean()
+    assert f"{share:.1%} at layer 4" in summary
 
 
 @pytest.mark.parametrize(
@@ -106,69 +116,74 @@ def test_the_command_answers_every_row_in_order(sweet, command, capsys):
         ),
     ],
 )
-def test_rows_without_a_text_are_reported_and_counted(command, capsys, name, content, rows, errors):
-    status, answers = command(name, content, "--threshold=0.8")
-    assert (status, len(answers)) == (0, rows)
-    for place, answer in enumerate(answers):
-        if place in errors:
-            assert list(answer) == ["error"]
-            assert re.match(errors[place], answer["error"])
+def test_rows_without_valid_text_get_an_error_and_are_counted(
+    predict_rows, capsys, name, content, rows, errors
+):
+    status, predictions = predict_rows(name, content, "--threshold=0.8")
+    assert (status, len(predictions)) == (0, rows)
+    for number, row in enumerate(predictions):
+        if number in errors:
+            assert list(row) == ["error"]
+            assert re.match(errors[number], row["error"])
         else:
-            assert list(answer) == ["label", "probability", "exit", "cost"]
+            assert list(row) == ["label", "probability", "exit", "cost"]
     assert f"({len(errors)} with an error)" in capsys.readouterr().out
 
 
-def test_a_command_cut_short_resumes_where_the_output_ends(sweet, command, tmp_path, capsys):
-    content = jsonl(sweet.texts * 2)
-    _, whole = command("in.jsonl", content, "--threshold=0.8")
+def test_truncated_output_is_resumed_and_checked_against_its_identity(
+    sweet, predict_rows, tmp_path, capsys
+):
+    content = text_lines(sweet.texts * 2)
+    _, complete = predict_rows("in.jsonl", content, "--threshold=0.8")
     output = tmp_path / "out.jsonl"
     lines = output.read_bytes().splitlines(keepends=True)
-    for cut in (40, 0):
-        output.write_bytes(b"".join(lines[:cut]) + lines[cut][:12])
-        status, again = command("in.jsonl", content, "--threshold=0.8")
+    for rows_left in (40, 0):
+        output.write_bytes(b"".join(lines[:rows_left]) + lines[rows_left][:12])
+        status, resumed = predict_rows("in.jsonl", content, "--threshold=0.8")
         assert status == 0
-        assert [a["exit"] for a in again] == [a["exit"] for a in whole]
-        assert output.read_bytes().splitlines(keepends=True)[:cut] == lines[:cut]
+        assert [row["exit"] for row in resumed] == [row["exit"] for row in complete]
+        assert output.read_bytes().splitlines(keepends=True)[:rows_left] == lines[:rows_left]
         printed = capsys.readouterr()
-        assert f"{len(whole)} rows" in printed.out.splitlines()[-1]
+        assert f"{len(complete)} rows" in printed.out.splitlines()[-1]
         assert "note" not in printed.err
-    assert command("in.jsonl", content, "--threshold=0.8") == (0, again)
+    assert predict_rows("in.jsonl", content, "--threshold=0.8") == (0, resumed)
     printed = capsys.readouterr().err
     assert "already contains every row, so nothing was predicted; its model, target" in printed
-    # A finished output of another target is no output of this one, whatever its last rows are.
-    assert command("in.jsonl", content, "--threshold=0.80001") == (2, again)
+    # A finished output of another target is refused even if its last rows would be the same.
+    assert predict_rows("in.jsonl", content, "--threshold=0.80001") == (2, resumed)
     assert "was made with another threshold, '0.8'" in capsys.readouterr().err
-    more = content + jsonl(sweet.texts[:3])
-    status, longer = command("in.jsonl", more, "--threshold=0.8")
-    assert (status, longer[: len(again)], len(longer)) == (0, again, len(again) + 3)
-    (tmp_path / ".out.jsonl.identity.json").unlink()  # of an output that was moved
-    assert command("in.jsonl", more, "--threshold=0.80001") == (0, longer)
+    more = content + text_lines(sweet.texts[:3])
+    status, extended = predict_rows("in.jsonl", more, "--threshold=0.8")
+    assert (status, extended[: len(resumed)], len(extended)) == (0, resumed, len(resumed) + 3)
+    (tmp_path / ".out.jsonl.identity.json").unlink()  # as if the output had been moved
+    assert predict_rows("in.jsonl", more, "--threshold=0.80001") == (0, extended)
     assert "only its last 32 rows were compared" in capsys.readouterr().err
-    assert not (tmp_path / ".out.jsonl.identity.json").exists()  # nor is it known now
+    assert not (tmp_path / ".out.jsonl.identity.json").exists()
 
 
-def test_an_interrupted_command_knows_by_what_it_was_begun(
-    sweet, command, tmp_path, capsys, monkeypatch
+def test_interrupted_output_is_resumed_only_with_its_own_target_and_input(
+    sweet, predict_rows, tmp_path, capsys, monkeypatch
 ):
-    content = jsonl(sweet.texts)
+    content = text_lines(sweet.texts)
     with interrupted_at_row(9, monkeypatch):
-        status, begun = command("in.jsonl", content, "--threshold=0.8")
+        status, partial = predict_rows("in.jsonl", content, "--threshold=0.8")
     assert status == 1
-    assert 0 < len(begun) < len(sweet.texts)
+    assert 0 < len(partial) < len(sweet.texts)
     assert "resumes where the output ends" in capsys.readouterr().err
-    status, still = command("in.jsonl", content, "--threshold=0.81")
-    assert (status, still) == (2, begun)
+    status, unchanged = predict_rows("in.jsonl", content, "--threshold=0.81")
+    assert (status, unchanged) == (2, partial)
     assert "was made with another threshold, '0.8'" in capsys.readouterr().err
-    status, still = command("in.jsonl", jsonl(sweet.texts[::-1]), "--threshold=0.8")
-    assert (status, still) == (2, begun)  # as many bytes, but the rows are others
+    status, unchanged = predict_rows("in.jsonl", text_lines(sweet.texts[::-1]), "--threshold=0.8")
+    assert (status, unchanged) == (2, partial)  # a file of the same size with other rows
     assert "not made with this model, target and input" in capsys.readouterr().err
-    status, found = command("in.jsonl", content, "--threshold=0.8")
-    assert (status, len(found)) == (0, len(sweet.texts))
-    assert found[: len(begun)] == begun
+    status, predictions = predict_rows("in.jsonl", content, "--threshold=0.8")
+    assert (status, len(predictions)) == (0, len(sweet.texts))
+    assert predictions[: len(partial)] == partial
     assert "input" not in json.loads((tmp_path / ".out.jsonl.identity.json").read_text())
 
 
-def call(sweet, *arguments: str) -> int:
+def run_predict(sweet, *arguments: str) -> int:
+    """Runs the command with the arguments, at threshold 0.8; returns its exit status."""
     model = f"--model={sweet.classifier.model.folder}"
     return predict.main([model, "--threshold=0.8", "--batch_size=1", *arguments])
 
@@ -181,145 +196,154 @@ ROWS = [
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "csv", "parquet"])
-def test_columns_are_carried_along_into_every_format(sweet, tmp_path, suffix):
-    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+def test_kept_columns_are_written_in_every_output_format(sweet, tmp_path, suffix):
+    (tmp_path / "in.jsonl").write_text(json_lines(ROWS))
     output = tmp_path / f"out.{suffix}"
     keep = "--keep=id,label,when,share"
-    assert call(sweet, f"--input={tmp_path / 'in.jsonl'}", f"--output={output}", keep) == 0
+    assert run_predict(sweet, f"--input={tmp_path / 'in.jsonl'}", f"--output={output}", keep) == 0
     if suffix == "jsonl":
-        found = [json.loads(line) for line in output.read_text().splitlines()]
+        predictions = read_json_lines(output)
     elif suffix == "csv":
         with output.open(newline="", encoding="utf-8") as file:
-            found = list(csv.DictReader(file))
+            predictions = list(csv.DictReader(file))
     else:
-        found = pq.read_table(output).to_pylist()
+        predictions = pq.read_table(output).to_pylist()
         assert pq.read_schema(output).field("id").type == pa.int64()
         assert pq.read_schema(output).field("when").type == pa.string()
-    text = str if suffix == "csv" else lambda value: value
-    assert [row["id"] for row in found] == [text(7), text(8), text(9)]
-    assert [row["input_label"] for row in found] == ["gold", "gold", ""]
-    assert [row["when"] for row in found] == ["2020-01-01", "2020-01-02", "x"]
-    assert [bool(row.get("error")) for row in found] == [False, True, False]
-    assert [bool(row.get("label")) for row in found] == [True, False, True]
-    hidden = [path.name for path in tmp_path.iterdir() if path.name.startswith(".")]
-    assert hidden == [".out.jsonl.identity.json"] * (suffix == "jsonl")
+    as_written = str if suffix == "csv" else lambda value: value
+    assert [row["id"] for row in predictions] == [as_written(7), as_written(8), as_written(9)]
+    assert [row["input_label"] for row in predictions] == ["gold", "gold", ""]
+    assert [row["when"] for row in predictions] == ["2020-01-01", "2020-01-02", "x"]
+    assert [bool(row.get("error")) for row in predictions] == [False, True, False]
+    assert [bool(row.get("label")) for row in predictions] == [True, False, True]
+    hidden_files = [path.name for path in tmp_path.iterdir() if path.name.startswith(".")]
+    assert hidden_files == [".out.jsonl.identity.json"] * (suffix == "jsonl")
 
 
 @pytest.mark.parametrize("suffix", ["csv", "parquet"])
-def test_an_interrupted_table_is_resumed_and_a_finished_one_is_left_alone(
+def test_interrupted_table_is_resumed_and_finished_table_is_not_replaced(
     sweet, tmp_path, capsys, monkeypatch, suffix
 ):
     (tmp_path / "in.txt").write_text("".join(f"{text}\n" for text in sweet.texts))
     output = tmp_path / f"out.{suffix}"
     arguments = [f"--input={tmp_path / 'in.txt'}", f"--output={output}"]
     with interrupted_at_row(9, monkeypatch):
-        assert call(sweet, *arguments) == 1
+        assert run_predict(sweet, *arguments) == 1
     assert not output.exists()
-    assert call(sweet, *arguments) == 0
-    whole = output.read_bytes()
+    assert run_predict(sweet, *arguments) == 0
+    finished = output.read_bytes()
     assert f"{len(sweet.texts)} rows" in capsys.readouterr().out
-    assert call(sweet, *arguments) == 2
+    assert run_predict(sweet, *arguments) == 2
     assert "exists: choose another file, or remove it" in capsys.readouterr().err
-    assert output.read_bytes() == whole
+    assert output.read_bytes() == finished
 
 
-def test_predictions_go_to_standard_output_and_nowhere(sweet, tmp_path, capfd):
+def test_predictions_can_be_written_to_stdout_and_dev_null(sweet, tmp_path, capfd):
     (tmp_path / "in.txt").write_text("word1\nword2\n")
     source = f"--input={tmp_path / 'in.txt'}"
-    assert call(sweet, source, "--output=/dev/stdout") == 0
-    out, err = capfd.readouterr()
-    assert [next(iter(json.loads(line))) for line in out.splitlines()] == ["label", "label"]
-    assert "2 rows (0 with an error)" in err
-    assert call(sweet, source, "--output=/dev/null") == 0
+    assert run_predict(sweet, source, "--output=/dev/stdout") == 0
+    stdout, stderr = capfd.readouterr()
+    assert [next(iter(json.loads(line))) for line in stdout.splitlines()] == ["label", "label"]
+    assert "2 rows (0 with an error)" in stderr
+    assert run_predict(sweet, source, "--output=/dev/null") == 0
     assert "2 rows" in capfd.readouterr().err
 
 
-def test_the_input_is_never_emptied(sweet, tmp_path, capsys):
+def test_output_that_is_the_input_or_a_folder_is_refused(sweet, tmp_path, capsys):
     (tmp_path / "in.txt").write_text("word1\n")
     path = tmp_path / "in.txt"
-    assert call(sweet, f"--input={path}", f"--output={path}") == 2
+    assert run_predict(sweet, f"--input={path}", f"--output={path}") == 2
     assert "--output and --input are the same file" in capsys.readouterr().err
     assert path.read_text() == "word1\n"
-    assert call(sweet, f"--input={path}", f"--output={tmp_path}") == 2
+    assert run_predict(sweet, f"--input={path}", f"--output={tmp_path}") == 2
     assert "is a folder" in capsys.readouterr().err
 
 
-def test_large_numbers_are_carried_into_a_table(sweet, tmp_path):
+def test_kept_integers_beyond_int64_are_written_as_text_in_parquet(sweet, tmp_path):
     rows = [{"text": "word1", "n": 2**63}, {"text": "word2", "n": 1.5}]
-    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "in.jsonl").write_text(json_lines(rows))
     output = tmp_path / "out.parquet"
-    assert call(sweet, f"--input={tmp_path / 'in.jsonl'}", f"--output={output}", "--keep=n") == 0
+    assert (
+        run_predict(sweet, f"--input={tmp_path / 'in.jsonl'}", f"--output={output}", "--keep=n")
+        == 0
+    )
     assert [row["n"] for row in pq.read_table(output).to_pylist()] == [str(2**63), "1.5"]
 
 
-def test_a_long_name_of_an_output_is_written(sweet, tmp_path):
+def test_output_with_a_long_file_name_is_written(sweet, tmp_path):
     (tmp_path / "in.csv").write_text("text\nword1\n")
     output = tmp_path / f"{'a' * 225}.csv"
-    assert call(sweet, f"--input={tmp_path / 'in.csv'}", f"--output={output}") == 0
+    assert run_predict(sweet, f"--input={tmp_path / 'in.csv'}", f"--output={output}") == 0
     assert {path.name for path in tmp_path.iterdir()} == {"in.csv", output.name}
 
 
-def test_a_file_of_which_no_row_can_be_classified_is_status_3(command):
-    status, found = command("in.jsonl", '{"text": 5}\n{"text": null}\n')
+def test_exit_status_is_3_when_no_row_can_be_classified(predict_rows):
+    status, predictions = predict_rows("in.jsonl", '{"text": 5}\n{"text": null}\n')
     assert status == 3
-    assert [list(row) for row in found] == [["error"], ["error"]]
+    assert [list(row) for row in predictions] == [["error"], ["error"]]
 
 
-def test_all_columns_of_a_table_are_carried_along(command):
-    """The list of them is the header, which is not one column of this name."""
-    status, rows = command("in.csv", "id,text\n7,a\n", "--keep=id,text")
+def test_keep_accepts_all_columns_of_a_csv(predict_rows):
+    """The list equals the header line, but is not the name of a single column."""
+    status, rows = predict_rows("in.csv", "id,text\n7,a\n", "--keep=id,text")
     assert status == 0
     assert [(row["id"], row["text"]) for row in rows] == [("7", "a")]
 
 
-def test_a_row_whose_text_is_none_keeps_what_is_carried_along(sweet, tmp_path):
+def test_row_with_an_error_has_its_kept_columns(sweet, tmp_path):
     (tmp_path / "in.jsonl").write_text('{"id": 1, "text": 5}\n{"id": 2, "text": "word1"}\n')
     output = tmp_path / "out.jsonl"
-    assert call(sweet, f"--input={tmp_path / 'in.jsonl'}", f"--output={output}", "--keep=id") == 0
-    first, second = [json.loads(line) for line in output.read_text().splitlines()]
+    assert (
+        run_predict(sweet, f"--input={tmp_path / 'in.jsonl'}", f"--output={output}", "--keep=id")
+        == 0
+    )
+    first, second = read_json_lines(output)
     assert first == {"error": "column 'text' is not text but 5", "id": 1}
     assert second["id"] == 2
 
 
-def test_a_column_with_a_comma_is_found_in_a_file_with_semicolons(sweet, tmp_path):
+def test_text_column_whose_name_has_a_comma_is_found(sweet, tmp_path):
     (tmp_path / "in.csv").write_text('id;"a, or b";n\n7;word1;x\n')
     output = tmp_path / "out.jsonl"
     arguments = [f"--input={tmp_path / 'in.csv'}", f"--output={output}", "--text_columns=a, or b"]
-    assert call(sweet, *arguments, "--keep=id,n") == 0
+    assert run_predict(sweet, *arguments, "--keep=id,n") == 0
     assert [json.loads(output.read_text())[key] for key in ("id", "n")] == ["7", "x"]
 
 
 @pytest.mark.parametrize("name", ["out.tsv", "out.xlsx", "out.jsonl.gz"])
-def test_formats_that_are_not_written_are_refused(sweet, tmp_path, capsys, name):
+def test_unsupported_output_format_is_refused(sweet, tmp_path, capsys, name):
     (tmp_path / "in.txt").write_text("word1\n")
-    assert call(sweet, f"--input={tmp_path / 'in.txt'}", f"--output={tmp_path / name}") == 2
+    assert run_predict(sweet, f"--input={tmp_path / 'in.txt'}", f"--output={tmp_path / name}") == 2
     assert "choose .jsonl, .csv or .parquet" in capsys.readouterr().err
     assert not (tmp_path / name).exists()
 
 
-def test_several_files_are_one_input(sweet, tmp_path):
+def test_files_of_a_folder_are_read_as_one_input(sweet, tmp_path):
     (tmp_path / "parts").mkdir()
     for i, text in enumerate(("word1", "word2", "word3")):
         (tmp_path / "parts" / f"{i}.csv").write_text(f"n,text\n{i},{text}\n")
     output = tmp_path / "out.jsonl"
-    assert call(sweet, f"--input={tmp_path / 'parts'}", f"--output={output}", "--keep=n") == 0
-    assert [json.loads(line)["n"] for line in output.read_text().splitlines()] == ["0", "1", "2"]
+    assert (
+        run_predict(sweet, f"--input={tmp_path / 'parts'}", f"--output={output}", "--keep=n") == 0
+    )
+    assert [row["n"] for row in read_json_lines(output)] == ["0", "1", "2"]
 
 
-def test_a_later_file_without_the_columns_is_named_before_an_output_is_begun(
-    sweet, tmp_path, capsys
-):
+def test_missing_column_in_a_later_file_is_refused_before_output_starts(sweet, tmp_path, capsys):
     (tmp_path / "parts").mkdir()
     for i, name in enumerate(("text", "body")):
         (tmp_path / "parts" / f"{i}.csv").write_text(f"n,{name}\n1,word1\n")
     before = set(tmp_path.iterdir())
-    assert call(sweet, f"--input={tmp_path / 'parts'}", f"--output={tmp_path / 'out.jsonl'}") == 2
-    refusal = f"error: '{tmp_path}/parts/1.csv': unknown column 'text': choose one of 'n', 'body'"
-    assert capsys.readouterr().err.splitlines() == [refusal]
+    assert (
+        run_predict(sweet, f"--input={tmp_path / 'parts'}", f"--output={tmp_path / 'out.jsonl'}")
+        == 2
+    )
+    message = f"error: '{tmp_path}/parts/1.csv': unknown column 'text': choose one of 'n', 'body'"
+    assert capsys.readouterr().err.splitlines() == [message]
     assert set(tmp_path.iterdir()) == before
 
 
-def test_what_is_saved_has_the_mode_of_the_umask(sweet):
+def test_files_of_a_saved_model_have_equal_permissions(sweet):
     folder = sweet.classifier.model.folder
     assert len({path.stat().st_mode & 0o777 for path in folder.iterdir() if path.is_file()}) == 1
 
@@ -327,7 +351,7 @@ def test_what_is_saved_has_the_mode_of_the_umask(sweet):
 @pytest.mark.parametrize(
     "content", ["notes", "notes\n", '"error"\n', '{"a": 1}\n', '{"label": "x", "text": "a"}']
 )
-def test_a_file_that_is_no_output_is_left_alone(sweet, tmp_path, capsys, content):
+def test_existing_file_that_is_not_an_output_is_not_overwritten(sweet, tmp_path, capsys, content):
     (tmp_path / "out.jsonl").write_text(content)
     (tmp_path / "in.txt").write_text("word1\n")
     model = sweet.classifier.model.folder
@@ -337,13 +361,15 @@ def test_a_file_that_is_no_output_is_left_alone(sweet, tmp_path, capsys, content
     assert (tmp_path / "out.jsonl").read_text() == content
 
 
-def test_an_output_of_another_target_or_input_is_left_alone(sweet, command, tmp_path, capsys):
-    command("in.jsonl", jsonl(sweet.texts), "--threshold=0.8")
+def test_finished_output_of_another_target_or_input_is_not_overwritten(
+    sweet, predict_rows, tmp_path, capsys
+):
+    predict_rows("in.jsonl", text_lines(sweet.texts), "--threshold=0.8")
     before = (tmp_path / "out.jsonl").read_bytes()
-    status, _ = command("in.jsonl", jsonl(sweet.texts), "--threshold=2")
+    status, _ = predict_rows("in.jsonl", text_lines(sweet.texts), "--threshold=2")
     assert status == 2
     assert "was made with another threshold, '0.8'" in capsys.readouterr().err
-    status, _ = command("in.jsonl", jsonl(sweet.texts[::-1]), "--threshold=0.8")
+    status, _ = predict_rows("in.jsonl", text_lines(sweet.texts[::-1]), "--threshold=0.8")
     assert status == 2
     assert "not made with this model, target and input" in capsys.readouterr().err
     assert (tmp_path / "out.jsonl").read_bytes() == before
@@ -378,10 +404,12 @@ def test_an_output_of_another_target_or_input_is_left_alone(sweet, command, tmp_
         ("in.csv", "text\na\n", ["--model=nowhere/model"], "neither a local directory nor"),
     ],
 )
-def test_bad_input_of_the_command(command, tmp_path, capsys, name, content, more, message):
-    status, _ = command(name, content, *more)
+def test_invalid_input_or_option_is_refused_in_one_line(
+    predict_rows, tmp_path, capsys, name, content, more, message
+):
+    status, _ = predict_rows(name, content, *more)
     assert status == 2
-    error = capsys.readouterr().err.strip().splitlines()
-    assert len(error) == 1
-    assert message in error[0]
+    errors = capsys.readouterr().err.strip().splitlines()
+    assert len(errors) == 1
+    assert message in errors[0]
     assert not (tmp_path / "out.jsonl").exists()

@@ -1,4 +1,4 @@
-"""What is prepared is read once: a run needs the files of its config no more."""
+"""Tests of the preparation of a run: what is read, checked and initialized before training."""
 
 import jax
 import numpy as np
@@ -14,43 +14,43 @@ from sweet_jax.preparation import prepare
 from sweet_jax.training.initialization import initial_state, make_model, model_specs
 
 
-def test_models_start_from_the_weights_that_were_prepared(options, tmp_path):
-    folder, path = write_checkpoint(tmp_path / "tiny"), write_rows(tmp_path / "rows.csv", 60)
-    values = options | {"checkpoint": str(folder), "data_files": str(path), "train_size": 40}
+def test_models_start_from_weights_read_during_preparation(options, tmp_path):
+    folder, rows = write_checkpoint(tmp_path / "tiny"), write_rows(tmp_path / "rows.csv", 60)
+    values = options | {"checkpoint": str(folder), "data_files": str(rows), "train_size": 40}
     job = prepare(from_mapping(values | {"method": "multi_model"}))
     assert job.digest == job.dataset.digest()
-    wanted = open_checkpoint(str(folder)).weights.encoder
+    weights = open_checkpoint(str(folder)).weights.encoder
     (folder / "model.safetensors").unlink()
-    path.unlink()
+    rows.unlink()
     specs = model_specs(job.config)
     assert [spec.exits for spec in specs] == [(1,), (2,), (3,)]
     for spec in specs:
         _, state = initial_state(job.config, job.checkpoint, spec, len(job.dataset.classes))
-        found = jax.tree.map(lambda x: x[0], state.params["encoder"])
+        actual = jax.tree.map(lambda x: x[0], state.params["encoder"])
         depth = spec.exits[-1]
-        assert list(found["layers"]) == list(range(depth))
-        expected = {**wanted, "layers": {i: wanted["layers"][i] for i in range(depth)}}
-        jax.tree.map(np.testing.assert_array_equal, found, expected)
+        assert list(actual["layers"]) == list(range(depth))
+        expected = {**weights, "layers": {i: weights["layers"][i] for i in range(depth)}}
+        jax.tree.map(np.testing.assert_array_equal, actual, expected)
 
 
-def constant(outputs, temperatures):
+def wrong_shape_policy(outputs, temperatures):
     return np.ones(3)
 
 
-def test_a_policy_that_fails_is_found_before_training(options):
-    own = {"confidence": "test_preparation:constant"}
+def test_invalid_policy_is_refused_before_training(options):
+    policy = {"confidence": "test_preparation:wrong_shape_policy"}
     with pytest.raises(UserError, match=r"must return confidences .* = \(1, 3, 2\); got \(3,\)"):
-        prepare(from_mapping(options | own))
-    number = from_mapping(options | own | {"objective": "regression"}).resolved()
-    assert number.policy == own["confidence"]
+        prepare(from_mapping(options | policy))
+    regression = from_mapping(options | policy | {"objective": "regression"}).resolved()
+    assert regression.policy == policy["confidence"]
 
 
 @pytest.mark.parametrize("policy", ["entropy", "patience", "pcee"])
-def test_every_policy_of_classes_can_be_a_run_s_own(options, policy):
+def test_builtin_policy_can_be_set_as_the_confidence_of_a_run(options, policy):
     assert prepare(from_mapping(options | {"confidence": policy})).config.policy == policy
 
 
-def test_heads_are_those_that_a_whole_random_model_has_and_moments_are_zero(options):
+def test_initial_state_has_the_random_heads_of_its_seed_and_zero_moments(options):
     job = prepare(from_mapping(options | {"seeds": (3, 5), "learning_rates": (1e-3, 2e-3)}))
     (spec,) = model_specs(job.config)
     _, state = initial_state(job.config, job.checkpoint, spec, 2)
@@ -63,12 +63,12 @@ def test_heads_are_those_that_a_whole_random_model_has_and_moments_are_zero(opti
     model = make_model(job.config, job.checkpoint, spec.exits, 2, key)
     heads = nnx.to_pure_dict(nnx.split(model)[1])["heads"]
     for head in heads.values():
-        head.pop("pooler", None)  # the checkpoint's
-    drawn = {layer: dict(head) for layer, head in state.params["heads"].items()}
-    for head in drawn.values():
+        head.pop("pooler", None)  # which is read from the checkpoint
+    initial_heads = {layer: dict(head) for layer, head in state.params["heads"].items()}
+    for head in initial_heads.values():
         head.pop("pooler", None)
 
-    def equal(ours: np.ndarray, theirs: jax.Array) -> None:
-        np.testing.assert_allclose(ours[2], theirs, rtol=1e-6)
+    def assert_third_replica_equals(actual: np.ndarray, expected: jax.Array) -> None:
+        np.testing.assert_allclose(actual[2], expected, rtol=1e-6)
 
-    jax.tree.map(equal, drawn, heads)
+    jax.tree.map(assert_third_replica_equals, initial_heads, heads)

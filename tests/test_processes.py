@@ -1,4 +1,4 @@
-"""Two processes of two devices each: the same numbers as one, and no process left waiting."""
+"""Tests of runs on several processes: equal results, resumption, errors, and Slurm."""
 
 import contextlib
 import dataclasses
@@ -27,15 +27,15 @@ from sweet_jax.main import main
 from sweet_jax.preparation import prepare
 from sweet_jax.training.parallel import check_layout
 
-# Of the line of each rank, as Gloo writes them.
+# Pieces of the line that Gloo prints on each rank.
 GLOO = (
     *("[Gloo] Rank ", " is connected to ", " peer ranks. "),
     "Expected number of connected peer ranks is : ",
 )
-SECONDS = 240  # until a process that should have ended counts as hanging
+SECONDS = 240  # after which a process counts as hanging
 
 
-def recipe(folder: Path, options: dict, **changes) -> Path:
+def write_config(folder: Path, options: dict, **changes) -> Path:
     path = folder / "recipe.py"
     values = options | {"learning_rates": (1e-4,), "checkpoint_every": 3} | changes
     path.write_text(f"def get_config():\n    return {values!r}\n")
@@ -63,21 +63,21 @@ def start_two(
     second: tuple[Path, Path] | None = None,
     devices: tuple[int, int] = (2, 2),
 ) -> list[subprocess.Popen]:
-    """Two processes; `second` is the config and the workdir of the second, if other ones."""
+    """Starts two processes; second: config and workdir of the second, if they differ."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    both = [f"--coordinator_address=localhost:{port}", "--num_processes=2"]
+    flags = [f"--coordinator_address=localhost:{port}", "--num_processes=2"]
     return [
-        start(*place, devices[number], *both, f"--process_id={number}")
-        for number, place in enumerate([(config, workdir), second or (config, workdir)])
+        start(*paths, devices[number], *flags, f"--process_id={number}")
+        for number, paths in enumerate([(config, workdir), second or (config, workdir)])
     ]
 
 
-def start_by_slurm(config: Path, workdir: Path) -> list[subprocess.Popen]:
-    """Two processes with the variables that srun sets for its tasks."""
+def start_two_under_slurm(config: Path, workdir: Path) -> list[subprocess.Popen]:
+    """Starts two processes with the variables that srun sets for its tasks."""
     with socket.socket() as free:
-        while True:  # JAX takes the port from the number of the job
+        while True:  # JAX derives the port from the job number
             job = random.randrange(4096)
             with contextlib.suppress(OSError):
                 free.bind(("localhost", 65535 - 4095 + job))
@@ -90,18 +90,18 @@ def start_by_slurm(config: Path, workdir: Path) -> list[subprocess.Popen]:
     ]
 
 
-def ended(started: list[subprocess.Popen]) -> list[tuple[int, str, str]]:
-    """(status, stdout, stderr) of each; none may hang."""
+def wait_for(processes: list[subprocess.Popen]) -> list[tuple[int, str, str]]:
+    """Returns (status, stdout, stderr) of each process; fails if one hangs."""
     try:
-        found = [process.communicate(timeout=SECONDS) for process in started]
+        printed = [process.communicate(timeout=SECONDS) for process in processes]
     finally:
-        for process in started:
+        for process in processes:
             process.kill()
-    return [(p.returncode, *texts) for p, texts in zip(started, found, strict=True)]
+    return [(p.returncode, *streams) for p, streams in zip(processes, printed, strict=True)]
 
 
-def at_checkpoint(
-    workdir: Path, started: list[subprocess.Popen], after: int, training: str = "exits_1_2_3"
+def wait_for_checkpoint(
+    workdir: Path, processes: list[subprocess.Popen], after: int, training: str = "exits_1_2_3"
 ) -> None:
     """Waits for a checkpoint of step `after` or a later one."""
     deadline = time.monotonic() + SECONDS
@@ -110,30 +110,30 @@ def at_checkpoint(
         for path in (workdir / "checkpoints" / training).glob("*.digest.json")
         if path.name[0].isdigit()
     ):
-        assert all(process.poll() is None for process in started), ended(started)
+        assert all(process.poll() is None for process in processes), wait_for(processes)
         assert time.monotonic() < deadline
         time.sleep(0.01)
 
 
-def assert_same(ours: Path, theirs: Path) -> None:
+def assert_same_training(actual: Path, expected: Path) -> None:
     for split in ("calibration", "validation"):
         logits = [
             ExitOutputs.load(folder / "exit_outputs" / f"{split}.npz").logits
-            for folder in (ours, theirs)
+            for folder in (actual, expected)
         ]
         np.testing.assert_allclose(*logits, rtol=0, atol=1e-5)
-    lines = [(folder / "metrics.jsonl").read_text().splitlines() for folder in (ours, theirs)]
-    losses = [np.array([json.loads(line)["loss"] for line in each]) for each in lines]
+    lines = [(folder / "metrics.jsonl").read_text().splitlines() for folder in (actual, expected)]
+    losses = [np.array([json.loads(line)["loss"] for line in steps]) for steps in lines]
     assert len(losses[0]) > 20
     np.testing.assert_allclose(*losses, rtol=0, atol=1e-5)
 
 
 @pytest.fixture(scope="module")
-def alone(tiny_run, made_once) -> Path:
+def single_process_run(tiny_run, made_once) -> Path:
     """The run of one process with one device."""
 
     def make(folder):
-        status, _, errors = ended([start(recipe(folder, tiny_run), folder / "run", 1)])[0]
+        status, _, errors = wait_for([start(write_config(folder, tiny_run), folder / "run", 1)])[0]
         assert status == 0, errors
         return folder / "run"
 
@@ -141,106 +141,116 @@ def alone(tiny_run, made_once) -> Path:
 
 
 @pytest.mark.slow
-def test_two_processes_agree_with_one_also_after_being_killed(alone, options, tmp_path):
+def test_two_processes_equal_one_process_also_after_kill_and_resumption(
+    single_process_run, options, tmp_path
+):
     """One replica: each process has half of the rows of a batch."""
-    config, workdir = recipe(tmp_path, options), tmp_path / "run"
+    config, workdir = write_config(tmp_path, options), tmp_path / "run"
     killed = start_two(config, workdir)
-    at_checkpoint(workdir, killed, after=3)
+    wait_for_checkpoint(workdir, killed, after=3)
     for process in killed:
         process.kill()
-    ended(killed)
+    wait_for(killed)
     assert not (workdir / "results.json").exists()
-    first, second = ended(start_by_slurm(config, workdir))
+    first, second = wait_for(start_two_under_slurm(config, workdir))
     assert (first[0], second[0]) == (0, 0), (first, second)
     assert "resuming at step" in first[1]
     assert "on 4 cpu device(s)" in first[1]
-    # The first speaks for both. Threads of Gloo write their own line in pieces, one into the other.
-    said = re.sub("|".join(map(re.escape, GLOO)), "", second[1])
-    assert not re.search("[a-zA-Z]", said), second[1]
+    # Only the first process prints, except for Gloo, whose threads write their lines interleaved.
+    own_lines = re.sub("|".join(map(re.escape, GLOO)), "", second[1])
+    assert not re.search("[a-zA-Z]", own_lines), second[1]
     assert (workdir / "model" / "model.safetensors").is_file()
-    assert_same(workdir, alone)
+    assert_same_training(workdir, single_process_run)
 
 
 @pytest.mark.slow
-def test_segments_on_two_processes_are_those_of_one_device(alone, options, tmp_path):
-    """Two groups of two devices, one in each process: hidden states cross between them."""
-    config = recipe(tmp_path, options, segment_parallel=True)
-    both = ended(start_two(config, tmp_path / "run"))
-    assert [status for status, _, _ in both] == [0, 0], both
-    assert_same(tmp_path / "run", alone)
+def test_segment_parallel_run_on_two_processes_equals_one_device(
+    single_process_run, options, tmp_path
+):
+    """Each process has one of two groups of devices; hidden states are sent between them."""
+    config = write_config(tmp_path, options, segment_parallel=True)
+    results = wait_for(start_two(config, tmp_path / "run"))
+    assert [status for status, _, _ in results] == [0, 0], results
+    assert_same_training(tmp_path / "run", single_process_run)
 
 
 @pytest.mark.nightly
-def test_who_loses_the_other_stops_and_any_number_of_devices_goes_on(options, tmp_path):
-    """Two replicas, one in each process; the second of two trainings is stopped, then killed."""
+def test_surviving_process_stops_and_run_resumes_on_other_device_count(options, tmp_path):
+    """Runs a replica in each process; one process is terminated, and killed in the next start."""
     changes = {"seeds": (0, 1), "method": "multi_model", "exits": (1, 3)}
-    config, workdir = recipe(tmp_path, options, **changes), tmp_path / "run"
-    both = start_two(config, workdir)
-    at_checkpoint(workdir, both, 3, "depth_03")
-    both[1].terminate()
-    stopped = ended(both)
+    config, workdir = write_config(tmp_path, options, **changes), tmp_path / "run"
+    processes = start_two(config, workdir)
+    wait_for_checkpoint(workdir, processes, 3, "depth_03")
+    processes[1].terminate()
+    stopped = wait_for(processes)
     messages = {errors.strip().splitlines()[-1] for _, _, errors in stopped}
     assert [status for status, _, _ in stopped] == [1, 1]
     assert len(messages) == 1  # after the same step
     assert "stopped by SIGTERM after step" in messages.pop()
-    both = start_two(config, workdir)
-    at_checkpoint(workdir, both, 15, "depth_03")
-    both[1].kill()
-    (status, _, errors), _ = ended(both)
-    # By what was under way: a step that fails, or JAX's watch over the connection, which aborts.
+    processes = start_two(config, workdir)
+    wait_for_checkpoint(workdir, processes, 15, "depth_03")
+    processes[1].kill()
+    (status, _, errors), _ = wait_for(processes)
+    # Depends on what is noticed first: a failed step, or a lost connection, for which JAX aborts.
     assert status in (1, -signal.SIGABRT)
     assert "another process is gone" in errors or "another task died" in errors
     assert "Traceback" not in errors
-    whole, rest = ended([start(config, tmp_path / "alone", 1), start(config, workdir, 2)])
-    assert (whole[0], rest[0]) == (0, 0), (whole, rest)
-    assert "resuming at step" in rest[1]
-    assert_same(workdir, tmp_path / "alone")
+    uninterrupted, resumed = wait_for(
+        [start(config, tmp_path / "alone", 1), start(config, workdir, 2)]
+    )
+    assert (uninterrupted[0], resumed[0]) == (0, 0), (uninterrupted, resumed)
+    assert "resuming at step" in resumed[1]
+    assert_same_training(workdir, tmp_path / "alone")
 
 
 @pytest.mark.nightly
-def test_processes_that_do_not_go_together_are_refused_in_one_line(options, tmp_path):
-    config, workdir = recipe(tmp_path, options), tmp_path / "run"
-    other = tmp_path / "other"
-    other.mkdir()
-    found = ended(start_two(config, workdir, second=(recipe(other, options, epochs=3), workdir)))
-    for status, _, errors in found:
+def test_processes_with_different_config_devices_or_workdir_are_refused(options, tmp_path):
+    config, workdir = write_config(tmp_path, options), tmp_path / "run"
+    other_folder = tmp_path / "other"
+    other_folder.mkdir()
+    results = wait_for(
+        start_two(config, workdir, second=(write_config(other_folder, options, epochs=3), workdir))
+    )
+    for status, _, errors in results:
         assert status == 2
         assert "has a different config or reads different data" in errors.splitlines()[-1]
     assert not workdir.exists()
-    for status, _, errors in ended(start_two(config, workdir, devices=(2, 1))):
+    for status, _, errors in wait_for(start_two(config, workdir, devices=(2, 1))):
         assert status == 2
         assert errors.splitlines()[-1].startswith("error: process 0 has 2 devices, but process 1")
-    found = ended(start_two(config, workdir, second=(config, other / "run")))
-    for status, _, errors in found:
+    results = wait_for(start_two(config, workdir, second=(config, other_folder / "run")))
+    for status, _, errors in results:
         assert status == 2
         assert "choose a directory that all hosts share" in errors.splitlines()[-1]
 
 
-def test_processes_that_read_other_files_are_told_which(options, tmp_path, monkeypatch):
-    """Copies of an encoder under one name: the config and the data are the same."""
-    name = tmp_path / "encoder"
-    found, identity = [], {"exits": [1, 2, 3], "data_sha256": "0"}
+def test_process_that_reads_different_weights_is_told_which_files(options, tmp_path, monkeypatch):
+    """Gives two copies of an encoder the same path, so that config and data are equal."""
+    encoder = tmp_path / "encoder"
+    digests, identity = [], {"exits": [1, 2, 3], "data_sha256": "0"}
     for seed in (0, 0, 1):
-        copy = write_checkpoint(tmp_path / f"host{len(found)}", seed=seed)
-        name.unlink(missing_ok=True)
-        name.symlink_to(copy)
-        job = prepare(from_mapping(options | {"checkpoint": str(name)}))
-        found.append(input_digests(job, identity))
-    assert found[0] == found[1]
-    other = input_digests(job, identity | {"data_sha256": "1"})
-    assert sum(a != b for a, b in zip(found[2].values(), other.values(), strict=True)) == 1
+        copy = write_checkpoint(tmp_path / f"host{len(digests)}", seed=seed)
+        encoder.unlink(missing_ok=True)
+        encoder.symlink_to(copy)
+        job = prepare(from_mapping(options | {"checkpoint": str(encoder)}))
+        digests.append(input_digests(job, identity))
+    assert digests[0] == digests[1]
+    other_data = input_digests(job, identity | {"data_sha256": "1"})
+    assert sum(a != b for a, b in zip(digests[2].values(), other_data.values(), strict=True)) == 1
     monkeypatch.setattr(jax, "process_index", lambda: 1)
 
-    def check(first: dict[str, str], own: dict[str, str]) -> None:
-        both = [" ".join(each.values()).encode() for each in (first, own)]
-        monkeypatch.setattr(input_digest, "all_gather", lambda _: both)
-        input_digest.check_inputs(own)
+    def check_second_process(first: dict[str, str], second: dict[str, str]) -> None:
+        gathered = [" ".join(digest.values()).encode() for digest in (first, second)]
+        monkeypatch.setattr(input_digest, "all_gather", lambda _: gathered)
+        input_digest.check_inputs(second)
 
-    check(*found[:2])
-    with pytest.raises(UserError, match=f"this process reads different weights from .*{name.name}"):
-        check(found[0], found[2])
+    check_second_process(*digests[:2])
+    with pytest.raises(
+        UserError, match=f"this process reads different weights from .*{encoder.name}"
+    ):
+        check_second_process(digests[0], digests[2])
     with pytest.raises(UserError, match="has a different config or reads different data"):
-        check(found[2], other)
+        check_second_process(digests[2], other_data)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -251,7 +261,7 @@ class Device:
     device_kind: str = "cpu"
 
 
-def test_processes_with_different_numbers_of_devices_are_refused(monkeypatch):
+def test_unequal_device_counts_of_processes_are_refused(monkeypatch):
     monkeypatch.setattr(jax, "devices", lambda: [Device(0, 0), Device(1, 1)])
     check_devices()
     monkeypatch.setattr(jax, "devices", lambda: [Device(0, 0), Device(1, 1), Device(1, 2)])
@@ -260,12 +270,12 @@ def test_processes_with_different_numbers_of_devices_are_refused(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("changes", "refused"),
+    ("changes", "message"),
     [
         ({"seeds": (0, 1)}, ""),
         ({"seeds": (0, 1), "learning_rates": (1e-4, 1e-3)}, ""),
         ({"seeds": (0,)}, "1 replicas and batch_size 7"),
-        # The search trains both rates, the training after it one.
+        # The search trains both rates, the training after it only one.
         ({"learning_rates": (1e-4, 1e-3)}, ""),
         ({"learning_rates": (1e-4, 1e-3), "rate_search": "short"}, "1 replicas and batch_size 7"),
         (
@@ -275,14 +285,12 @@ def test_processes_with_different_numbers_of_devices_are_refused(monkeypatch):
         ({"learning_rates": (1e-4, 1e-3), "epochs": 0, "head_init": "probe"}, "1 replicas and"),
     ],
 )
-def test_a_process_that_would_be_idle_is_found_before_anything_is_trained(
-    changes, refused, monkeypatch
-):
+def test_layout_that_leaves_a_process_idle_is_refused(changes, message, monkeypatch):
     config = Config(**{"batch_size": 7, "learning_rates": (1e-4,)} | changes)
     monkeypatch.setattr(jax, "devices", lambda: [Device(0, 0), Device(1, 1)])
-    if not refused:
+    if not message:
         return check_layout(config)
-    with pytest.raises(UserError, match=refused):
+    with pytest.raises(UserError, match=message):
         check_layout(config)
 
 
@@ -295,9 +303,11 @@ def test_a_process_that_would_be_idle_is_found_before_anything_is_trained(
         (["--num_processes=two"], "num_processes"),
     ],
 )
-def test_flags_that_do_not_go_together_are_refused(arguments, message, options, tmp_path, capsys):
-    line = [f"--config={recipe(tmp_path, options)}", f"--workdir={tmp_path / 'run'}"]
-    assert main(["main", *line, *arguments]) == 2
+def test_inconsistent_process_flags_are_refused_in_one_line(
+    arguments, message, options, tmp_path, capsys
+):
+    required = [f"--config={write_config(tmp_path, options)}", f"--workdir={tmp_path / 'run'}"]
+    assert main(["main", *required, *arguments]) == 2
     errors = capsys.readouterr().err.splitlines()
     assert len(errors) == 1
     assert message in errors[0]
@@ -313,10 +323,10 @@ def test_flags_that_do_not_go_together_are_refused(arguments, message, options, 
         (137, "", False),
     ],
 )
-def test_a_slurm_job_that_was_asked_to_stop_is_requeued(status, printed, requeued, tmp_path):
+def test_slurm_job_is_requeued_only_after_sigterm(status, printed, requeued, tmp_path):
     script = Path(__file__).parent.parent / "experiments" / "launch" / "slurm.sh"
     log = tmp_path / "sweet_jax-7.log"
-    log.write_text("0: stopped by SIGTERM\n")  # by an earlier start of the job
+    log.write_text("0: stopped by SIGTERM\n")  # of an earlier start of the job
     commands = {"srun": f'echo "{printed}" >> "{log}"; exit {status}', "scontrol": 'echo "$@"'}
     for name, text in commands.items():
         (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
@@ -324,39 +334,39 @@ def test_a_slurm_job_that_was_asked_to_stop_is_requeued(status, printed, requeue
     job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "sweet_jax", "SLURM_SUBMIT_DIR": str(tmp_path)}
     variables = os.environ | job | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
     command = ["bash", str(script), "--config=a.py"]
-    done = subprocess.run(command, env=variables, capture_output=True, text=True, check=False)
-    assert done.returncode == status, done.stderr
-    assert done.stdout == ("requeue 7\n" if requeued else "")
+    completed = subprocess.run(command, env=variables, capture_output=True, text=True, check=False)
+    assert completed.returncode == status, completed.stderr
+    assert completed.stdout == ("requeue 7\n" if requeued else "")
 
 
-def test_other_processes_wait_for_the_recommendation_of_the_first(options, tmp_path, monkeypatch):
-    """At their exit they would wait for some minutes only."""
-    done = []
+def test_recommendation_is_computed_while_other_processes_wait(options, tmp_path, monkeypatch):
+    """At their exit they would time out after some minutes."""
+    events = []
 
     @contextlib.contextmanager
     def raise_on_all():
-        done.append("enter")
+        events.append("enter")
         yield
-        done.append("leave")
+        events.append("leave")
 
-    monkeypatch.setattr("sweet_jax.pipeline.run", lambda *_: done.append("run"))
-    monkeypatch.setattr("sweet_jax.main._recommend", lambda *_: done.append("recommend"))
+    monkeypatch.setattr("sweet_jax.pipeline.run", lambda *_: events.append("run"))
+    monkeypatch.setattr("sweet_jax.main._recommend", lambda *_: events.append("recommend"))
     monkeypatch.setattr(distributed, "raise_on_all", raise_on_all)
     assert main(["main", options["data_files"], f"--output={tmp_path / 'run'}"]) == 0
-    assert done == ["run", "enter", "recommend", "leave"]
+    assert events == ["run", "enter", "recommend", "leave"]
 
 
 @pytest.mark.nightly
-def test_two_processes_probe_search_stop_and_refit_as_one(options, tmp_path):
-    """The regressions of features that differ in their last bits agree to a thousandth."""
+def test_probe_rate_search_and_refit_on_two_processes_equal_one_process(options, tmp_path):
+    """Probes of features that differ in their last bits make outputs agree to 1e-3 only."""
     changes = {"head_init": "probe", "head_refit": True, "epochs": "auto", "pooling": "mean"}
     changes |= {"rate_search": "short", "learning_rates": (1e-3, 3e-3), "tuning_fraction": 0.2}
     changes |= {"layer_scaling": 0.5}
     path = tmp_path / "recipe.py"
     path.write_text(f"def get_config():\n    return {options | changes!r}\n")
-    both = ended(start_two(path, tmp_path / "run"))
-    assert [status for status, _, _ in both] == [0, 0], both
-    status, _, errors = ended([start(path, tmp_path / "alone", 1)])[0]
+    results = wait_for(start_two(path, tmp_path / "run"))
+    assert [status for status, _, _ in results] == [0, 0], results
+    status, _, errors = wait_for([start(path, tmp_path / "alone", 1)])[0]
     assert status == 0, errors
     folders = (tmp_path / "run", tmp_path / "alone")
     for split in ("calibration", "tuning", "validation"):

@@ -1,4 +1,4 @@
-"""Thresholds fitted anew on labelled rows: the weights stay, what reads them changes."""
+"""Tests of `sweet-jax recalibrate`: thresholds fitted again on labelled rows or an audit log."""
 
 import csv
 import dataclasses
@@ -27,15 +27,15 @@ from sweet_jax.recalibrate import _write_copy
 
 @pytest.fixture
 def shifted(sweet):
-    """The outputs on the validation rows, every fourth of which has another label now."""
+    """Outputs on the validation rows, with another label for every fourth row."""
     labels = sweet.outputs.labels.copy()  # [1, N]
     labels[:, ::4] = (labels[:, ::4] + 1) % len(sweet.classifier.classes)
     return dataclasses.replace(sweet.outputs, labels=labels)
 
 
 @pytest.fixture
-def labelled(sweet, shifted, tmp_path):
-    """A file of the rows of `shifted`."""
+def labelled_file(sweet, shifted, tmp_path):
+    """A CSV of the validation texts with the labels of `shifted`."""
     labels, names = shifted.labels[0], sweet.classifier.classes
     with (tmp_path / "new.csv").open("w", newline="") as file:
         writer = csv.writer(file)
@@ -46,43 +46,43 @@ def labelled(sweet, shifted, tmp_path):
     return tmp_path / "new.csv"
 
 
-def call(sweet, *arguments: str) -> int:
+def recalibrate(sweet, *arguments: str) -> int:
     return cli.main(["recalibrate", f"--model={sweet.classifier.model.folder}", *arguments])
 
 
 @pytest.mark.slow
-def test_every_exit_answers_as_it_was_evaluated(sweet):
+def test_outputs_of_all_exits_equal_those_of_the_evaluation(sweet):
     model, engine = sweet.classifier.model, sweet.classifier.engine
     logits, scores = compute_all_exits(model, engine, sweet.texts, 7)
     np.testing.assert_allclose(logits, sweet.outputs.logits[0], atol=1e-5)
     np.testing.assert_allclose(scores, sweet.outputs.exit_scores[0], atol=1e-5)
 
 
-def test_a_copy_with_other_thresholds_is_written(sweet, shifted, labelled, tmp_path, capsys):
-    folder, before = tmp_path / "again", sweet.classifier.model.folder
-    assert call(sweet, f"--labelled={labelled}", f"--output={folder}") == 0
-    printed = capsys.readouterr().out
-    assert "now: threshold " in printed
-    assert "before: threshold " in printed
+def test_recalibration_on_labels_writes_a_copy_with_new_thresholds(
+    sweet, shifted, labelled_file, tmp_path, capsys
+):
+    folder, original = tmp_path / "again", sweet.classifier.model.folder
+    assert recalibrate(sweet, f"--labelled={labelled_file}", f"--output={folder}") == 0
+    stdout = capsys.readouterr().out
+    assert "now: threshold " in stdout
+    assert "before: threshold " in stdout
     for name in ("model.safetensors", "config.json", "tokenizer_config.json"):
-        assert (folder / name).read_bytes() == (before / name).read_bytes()
-    old, new = (json.loads((each / "exits.json").read_text()) for each in (before, folder))
+        assert (folder / name).read_bytes() == (original / name).read_bytes()
+    old, new = (json.loads((each / "exits.json").read_text()) for each in (original, folder))
     assert new["recalibrated_on"] == len(sweet.texts)
-    wanted = fit_calibrators(shifted)[0].temperatures
-    np.testing.assert_allclose(new["temperatures"], wanted, rtol=1e-3)
+    expected = fit_calibrators(shifted)[0].temperatures
+    np.testing.assert_allclose(new["temperatures"], expected, rtol=1e-3)
     assert {k for k in old if old[k] != new[k]} == {"temperatures", "dials"}
-    found = AdaptiveClassifier.from_pretrained(folder, cost=0.7).predict(sweet.texts)
-    assert found.cost.mean() <= 0.7 + 0.02
-    assert call(sweet, f"--labelled={labelled}", f"--output={folder}") == 2
+    predictions = AdaptiveClassifier.from_pretrained(folder, cost=0.7).predict(sweet.texts)
+    assert predictions.cost.mean() <= 0.7 + 0.02
+    assert recalibrate(sweet, f"--labelled={labelled_file}", f"--output={folder}") == 2
     assert "exists: choose another, or remove it" in capsys.readouterr().err
     changes = json.loads((folder / "recalibration.json").read_text())
     assert (changes["by"], changes["rows"]) == ("labels", len(sweet.texts))
-    assert (
-        f"on these rows accuracy {changes['operating_points'][0]['now']['metric']:.4f}" in printed
-    )
+    assert f"on these rows accuracy {changes['operating_points'][0]['now']['metric']:.4f}" in stdout
 
 
-def test_the_programs_of_an_exported_folder_are_left_out_of_the_copy(tmp_path, capsys):
+def test_recalibrated_copy_leaves_out_exported_programs(tmp_path, capsys):
     old = tmp_path / "old"
     (old / "onnx").mkdir(parents=True)
     left_out = ["README.md", "int8.json", "run.py", "model.json", *PROGRAMS]
@@ -96,8 +96,8 @@ def test_the_programs_of_an_exported_folder_are_left_out_of_the_copy(tmp_path, c
     assert "run.py, run.mjs and index.html use the former thresholds" in (capsys.readouterr().err)
 
 
-def test_an_audit_log_is_enough(sweet, tmp_path, capsys):
-    """Exits are held to what the last one says; of it such rows say nothing."""
+def test_recalibration_on_an_audit_log_fits_agreement_with_the_last_exit(sweet, tmp_path, capsys):
+    """The last exit, which has no reference of its own, keeps its temperature."""
     model, folder = sweet.classifier.model, tmp_path / "again"
     rng = np.random.default_rng(0)
     logits = sweet.outputs.logits[0].copy()  # [E, N, C]
@@ -105,41 +105,41 @@ def test_an_audit_log_is_enough(sweet, tmp_path, capsys):
     log = AuditLog(
         str(tmp_path / "audit.jsonl"), {"layers": list(model.layers), "classes": 2}, 1 << 20
     )
-    given = logits.argmax(-1)
-    for n in range(logits.shape[1]):
-        agrees = given[:, n] == given[-1, n]
-        scores = sweet.outputs.exit_scores[0][:, n]
-        log.add(AuditRow(0.0, 0, agrees, np.zeros(3), logits[:, n], scores), model.layers)
+    predictions = logits.argmax(-1)
+    for row in range(logits.shape[1]):
+        agrees = predictions[:, row] == predictions[-1, row]
+        scores = sweet.outputs.exit_scores[0][:, row]
+        log.add(AuditRow(0.0, 0, agrees, np.zeros(3), logits[:, row], scores), model.layers)
     log.close()
-    assert call(sweet, f"--audit_log={tmp_path / 'audit.jsonl'}", f"--output={folder}") == 0
+    assert recalibrate(sweet, f"--audit_log={tmp_path / 'audit.jsonl'}", f"--output={folder}") == 0
     assert "agreement=0.9:" in capsys.readouterr().out
     old, new = (json.loads((each / "exits.json").read_text()) for each in (model.folder, folder))
     assert new["recalibrated_by"] == "agreement"
     assert new["temperatures"][-1] == old["temperatures"][-1]
-    wanted = [fit_temperature(each, given[-1]) for each in logits[:-1]]
-    np.testing.assert_allclose(new["temperatures"][:-1], wanted, rtol=1e-3)
+    expected = [fit_temperature(each, predictions[-1]) for each in logits[:-1]]
+    np.testing.assert_allclose(new["temperatures"][:-1], expected, rtol=1e-3)
     changes = json.loads((folder / "recalibration.json").read_text())
     np.testing.assert_allclose(
-        [exit["metric"] for exit in changes["exits"]], (given == given[-1]).mean(axis=1)
+        [exit["metric"] for exit in changes["exits"]], (predictions == predictions[-1]).mean(axis=1)
     )
-    again = AdaptiveClassifier(open_model(folder), engine=sweet.classifier.engine)
-    assert again.threshold == changes["operating_points"][0]["now"]["threshold"]
-    found = again.at("raw_confidence", cost=0.7)
-    leaves = exit_confidences(UnlabeledOutputs(logits[None], model.layers), "raw_confidence")[0]
-    leaves = leaves >= found.threshold
-    leaves[-1] = True
-    assert model.cost[leaves.argmax(axis=0)].mean() <= 0.7
+    classifier = AdaptiveClassifier(open_model(folder), engine=sweet.classifier.engine)
+    assert classifier.threshold == changes["operating_points"][0]["now"]["threshold"]
+    at_cost = classifier.at("raw_confidence", cost=0.7)
+    leaving = exit_confidences(UnlabeledOutputs(logits[None], model.layers), "raw_confidence")[0]
+    leaving = leaving >= at_cost.threshold
+    leaving[-1] = True
+    assert model.cost[leaving.argmax(axis=0)].mean() <= 0.7
 
 
 @pytest.mark.parametrize("metric", ["micro_f1", "neg_hamming_loss"])
-def test_an_audit_log_of_several_labels_holds_exits_to_the_labels_of_the_last(sweet, metric):
-    """To all of a row; where the metric is of the share of labels, to that share."""
+def test_multi_label_agreement_is_per_row_or_per_label_as_the_metric_is(sweet, metric):
+    """Agreement with the last exit: of all labels of a row, or for Hamming loss of each label."""
     rng = np.random.default_rng(0)
     last = 2 * rng.normal(size=(120, 2))
     logits = np.stack([last + noise * rng.normal(size=(120, 2)) for noise in (2, 1, 0)])
     logits = logits.astype(np.float32)  # [E, N, C]
-    about = RunIdentity(objective="multi_label", metric=metric, policy="min_confidence")
-    outputs = ExitOutputs(logits, rng.random((120, 2)) < 0.5, [2, 3, 4], identity=about)
+    identity = RunIdentity(objective="multi_label", metric=metric, policy="min_confidence")
+    outputs = ExitOutputs(logits, rng.random((120, 2)) < 0.5, [2, 3, 4], identity=identity)
     resolver = make_resolver(outputs)
     model = dataclasses.replace(
         sweet.classifier.model,
@@ -148,46 +148,46 @@ def test_an_audit_log_of_several_labels_holds_exits_to_the_labels_of_the_last(sw
         policy="min_confidence",
         resolver=resolver,
     )
-    found = fit_by_agreement(model, logits, None)
-    same = (logits > 0) == (logits[-1] > 0)  # [E, N, C]
+    recalibrated = fit_by_agreement(model, logits, None)
+    agrees = (logits > 0) == (logits[-1] > 0)  # [E, N, C]
     by_label = metric == "neg_hamming_loss"
-    wanted = (same.mean(-1) - 1 if by_label else same.all(-1)).mean(axis=1)
-    changes = describe_changes(model, found)
-    np.testing.assert_allclose([exit["metric"] for exit in changes["exits"]], wanted)
+    expected = (agrees.mean(-1) - 1 if by_label else agrees.all(-1)).mean(axis=1)
+    changes = describe_changes(model, recalibrated)
+    np.testing.assert_allclose([exit["metric"] for exit in changes["exits"]], expected)
     assert changes["metric"] == ("neg_hamming_loss" if by_label else "agreement")
     losses = resolver.losses["min_confidence"]["agreement"]
-    kept = losses.share_kept(resolver.resolve("min_confidence").threshold)
-    assert found.resolver.full == pytest.approx(kept - by_label)
-    dials = json.loads(json.dumps(updated_exits({}, found)))["dials"]
-    again = ThresholdResolver.from_dict(dials)
+    agreement = losses.share_kept(resolver.resolve("min_confidence").threshold)
+    assert recalibrated.resolver.full == pytest.approx(agreement - by_label)
+    dials = json.loads(json.dumps(updated_exits({}, recalibrated)))["dials"]
+    loaded = ThresholdResolver.from_dict(dials)
     target = {"error": 0.1} if by_label else {"accuracy": 0.9}
-    threshold, calibrator = again.threshold("min_confidence", **target)
-    confidences = exit_confidences(found.outputs, "min_confidence", [calibrator])[0]
-    confidences[-1] = np.inf  # which takes the rest
+    threshold, calibrator = loaded.threshold("min_confidence", **target)
+    confidences = exit_confidences(recalibrated.outputs, "min_confidence", [calibrator])[0]
+    confidences[-1] = np.inf  # the last exit takes the rest
     exits = (confidences >= threshold).argmax(axis=0)
-    answered = same[exits, np.arange(120)]
-    assert (answered.mean() if by_label else answered.all(-1).mean()) >= 0.9
+    agreed = agrees[exits, np.arange(120)]
+    assert (agreed.mean() if by_label else agreed.all(-1).mean()) >= 0.9
     assert (exits == 0).any()
-    assert again.calibrator.temperatures[-1] == resolver.calibrator.temperatures[-1]
+    assert loaded.calibrator.temperatures[-1] == resolver.calibrator.temperatures[-1]
 
 
-def test_numbers_are_not_recalibrated_by_agreement(sweet):
+def test_recalibration_by_agreement_is_refused_for_a_regression(sweet):
     model = dataclasses.replace(sweet.classifier.model, objective=REGRESSION)
     with pytest.raises(UserError, match=r"is a regression, .*: pass --labelled"):
         fit_by_agreement(model, np.zeros((3, 40, 1), np.float32), None)
 
 
-def test_a_log_of_int8_is_refused(sweet, tmp_path, capsys):
-    path, about = tmp_path / "audit.jsonl", describe_audited(sweet.classifier.model, "int8")
-    AuditLog(str(path), about, 1 << 20).close()
-    assert call(sweet, f"--audit_log={path}", f"--output={tmp_path / 'again'}") == 2
+def test_audit_log_of_another_precision_is_refused(sweet, tmp_path, capsys):
+    path, audited = tmp_path / "audit.jsonl", describe_audited(sweet.classifier.model, "int8")
+    AuditLog(str(path), audited, 1 << 20).close()
+    assert recalibrate(sweet, f"--audit_log={path}", f"--output={tmp_path / 'again'}") == 2
     assert "precision is 'int8' there and 'float32' here" in capsys.readouterr().err
 
 
-def test_a_log_of_few_texts_is_refused(sweet, tmp_path, capsys):
+def test_empty_audit_log_is_refused(sweet, tmp_path, capsys):
     path = tmp_path / "audit.jsonl"
     AuditLog(str(path), {"layers": [2, 3, 4], "classes": 2}, 1 << 20).close()
-    assert call(sweet, f"--audit_log={path}", f"--output={tmp_path / 'again'}") == 2
+    assert recalibrate(sweet, f"--audit_log={path}", f"--output={tmp_path / 'again'}") == 2
     assert "does not hold any audited texts yet" in capsys.readouterr().err
 
 
@@ -201,9 +201,9 @@ def test_a_log_of_few_texts_is_refused(sweet, tmp_path, capsys):
         ("words,label\nword1,x\n", "unknown column 'text'"),
     ],
 )
-def test_rows_that_will_not_do_are_refused(sweet, tmp_path, capsys, content, words):
+def test_invalid_labelled_rows_are_refused(sweet, tmp_path, capsys, content, words):
     path = tmp_path / "new.csv"
     path.write_text(content.replace("{label}", sweet.classifier.classes[0]))
-    assert call(sweet, f"--labelled={path}", f"--output={tmp_path / 'again'}") == 2
+    assert recalibrate(sweet, f"--labelled={path}", f"--output={tmp_path / 'again'}") == 2
     assert words in capsys.readouterr().err
     assert not (tmp_path / "again").exists()

@@ -1,4 +1,4 @@
-"""The study of recipes: its committed records and the page that is rendered of them."""
+"""Tests of the study of recipes: its committed page and its options."""
 
 import shutil
 from pathlib import Path
@@ -10,7 +10,7 @@ from experiments import recipe
 RESULTS = Path(__file__).parents[1] / "experiments" / "results" / "recipe"
 
 
-def test_the_page_is_rendered_from_the_committed_records(tmp_path):
+def test_committed_page_and_scores_equal_those_rendered_from_records(tmp_path):
     shutil.copytree(RESULTS / "cells", tmp_path / "cells")
     assert recipe.main(["--render_only", f"--output={tmp_path}"]) == 0
     for name in ("README.md", "scores.csv"):
@@ -25,7 +25,7 @@ def test_the_page_is_rendered_from_the_committed_records(tmp_path):
         ([], "set --data_dir and --text_dir, or --render_only"),
     ],
 )
-def test_bad_options_are_named(arguments, words, tmp_path, capsys):
+def test_invalid_options_are_refused(arguments, words, tmp_path, capsys):
     assert recipe.main([*arguments, f"--output={tmp_path}"]) == 2
     assert words in capsys.readouterr().err
     assert not list(tmp_path.iterdir())

@@ -1,4 +1,4 @@
-"""The one reader for training and prediction: the records of a file, and their errors."""
+"""Tests of the reader of tables and texts for training and prediction: records and errors."""
 
 import csv
 import json
@@ -24,7 +24,7 @@ def write(path, content: str):
 
 
 def texts_of(path, columns: Columns = TEXT) -> list:
-    """The text of every record, or a tuple of its error."""
+    """Returns the text of every record, or for an invalid one a tuple of its error."""
     return [r.values[0] if r.error is None else (r.error,) for r in read_records(path, columns)]
 
 
@@ -32,26 +32,26 @@ def labels_of(path) -> list:
     return [r.values[-1] for r in read_records(path, Columns(("text",), "label"))]
 
 
-def load(path):
+def load_training_data(path):
     return load_dataset(Config(task="own", data_files=f"{path},{path}", text_columns="text"))
 
 
-def refusal(path) -> str:
+def refusal_message(path) -> str:
     with pytest.raises(UserError) as error:
-        load(path)
+        load_training_data(path)
     assert "\n" not in str(error.value)
     return str(error.value)
 
 
-def rows(count: int, **changes: str) -> str:
-    """A CSV of text and label with some lines (numbers from 2, below the header) put otherwise."""
+def csv_rows(count: int, **changes: str) -> str:
+    """Returns a CSV of text and label; line_N=... replaces line N, counted from the header."""
     lines = ["text,label", *(f"text {i},{'ab'[i % 2]}" for i in range(count))]
     for name, line in changes.items():
         lines[int(name.removeprefix("line_")) - 1] = line
     return "\n".join(lines) + "\n"
 
 
-STRAY = {  # lines, then what the first of them is refused for
+STRAY = {  # replaced lines, then the error of the first of them
     "never closed": ({"line_5": '"said he,a'}, "a quote in line 5 is not closed"),
     "never closed, in the last line": ({"line_31": '"said he,a'}, "a quote in line 31 is not"),
     "met by a quote within a text": (
@@ -78,24 +78,26 @@ STRAY = {  # lines, then what the first of them is refused for
 
 
 @pytest.mark.parametrize("name", STRAY)
-def test_a_stray_quote_swallows_no_rows_of_a_csv(tmp_path, name):
+def test_stray_quote_in_a_csv_spoils_only_its_own_row(tmp_path, name):
     lines, message = STRAY[name]
-    path = write(tmp_path / "rows.csv", rows(30, **lines))
+    path = write(tmp_path / "rows.csv", csv_rows(30, **lines))
     first = int(next(iter(lines)).removeprefix("line_"))
-    assert f"row {first - 1} (line {first}): {message}" in refusal(path)
-    found = texts_of(path)
-    assert len(found) == 30
-    assert found[first - 2][0].startswith(message)
-    assert [n + 2 for n, text in enumerate(found) if text == f"text {n}"] == [
+    assert f"row {first - 1} (line {first}): {message}" in refusal_message(path)
+    texts = texts_of(path)
+    assert len(texts) == 30
+    assert texts[first - 2][0].startswith(message)
+    assert [n + 2 for n, text in enumerate(texts) if text == f"text {n}"] == [
         n for n in range(2, 32) if f"line_{n}" not in lines
     ]
 
 
-def test_a_quote_that_is_never_closed_in_a_large_file_is_an_error_of_its_line(tmp_path):
-    path = write(tmp_path / "rows.csv", rows(25_000, line_7='"said he,a', line_15000='b "so",b'))
-    found = texts_of(path)
-    assert len(found) == 25_000
-    assert [n + 2 for n, text in enumerate(found) if isinstance(text, tuple)] == [7]
+def test_unclosed_quote_in_a_large_csv_spoils_only_its_own_row(tmp_path):
+    path = write(
+        tmp_path / "rows.csv", csv_rows(25_000, line_7='"said he,a', line_15000='b "so",b')
+    )
+    texts = texts_of(path)
+    assert len(texts) == 25_000
+    assert [n + 2 for n, text in enumerate(texts) if isinstance(text, tuple)] == [7]
 
 
 @pytest.mark.parametrize(
@@ -105,13 +107,13 @@ def test_a_quote_that_is_never_closed_in_a_large_file_is_an_error_of_its_line(tm
         "label\ttext\n" + 'a\t"said he\nb\tso\na\ta screen of 42"\nb\tmore\n',
     ],
 )
-def test_a_stray_quote_swallows_no_rows_of_a_tsv(tmp_path, content):
+def test_stray_quote_in_a_tsv_spoils_only_its_own_row(tmp_path, content):
     path = write(tmp_path / "rows.tsv", content)
     message = "looks like several rows: a quote in line 2 is closed only in line 4"
-    assert message in refusal(path)
-    error, *others = texts_of(path)
+    assert message in refusal_message(path)
+    error, *texts = texts_of(path)
     assert error[0].startswith(message)
-    assert others == ["so", 'a screen of 42"', "more"]
+    assert texts == ["so", 'a screen of 42"', "more"]
 
 
 PROSE = [
@@ -132,7 +134,7 @@ PROSE = [
 @pytest.mark.parametrize("quoting", [csv.QUOTE_MINIMAL, csv.QUOTE_ALL])
 @pytest.mark.parametrize("order", [("text", "label"), ("label", "text"), ("id", "text", "label")])
 @pytest.mark.parametrize("suffix", ["csv", "tsv"])
-def test_texts_of_several_lines_are_read_as_they_were_written(tmp_path, suffix, order, quoting):
+def test_multi_line_texts_of_csv_and_tsv_are_read_unchanged(tmp_path, suffix, order, quoting):
     path = tmp_path / f"rows.{suffix}"
     with path.open("w", newline="") as file:
         writer = csv.writer(file, delimiter="\t" if suffix == "tsv" else ",", quoting=quoting)
@@ -144,7 +146,7 @@ def test_texts_of_several_lines_are_read_as_they_were_written(tmp_path, suffix, 
     assert labels_of(path) == ["ab"[number % 2] for number in range(len(PROSE))]
 
 
-def test_any_table_that_the_csv_module_writes_is_read_as_it_was(tmp_path):
+def test_random_tables_written_by_the_csv_module_are_read_unchanged(tmp_path):
     rng, path = random.Random(1), tmp_path / "rows.csv"
     pieces = ["foo", "bar, baz", "\n", "\n\n", '"', '""', "x\r\ny", ", ", "word ", "é", " "]
     for _ in range(60):
@@ -156,24 +158,24 @@ def test_any_table_that_the_csv_module_writes_is_read_as_it_was(tmp_path):
         assert texts_of(path) == texts
 
 
-def test_the_rows_of_a_csv_have_the_lines_they_begin_in(tmp_path):
+def test_csv_records_have_the_line_number_where_they_begin(tmp_path):
     content = 'text,label\n\n"a\nb",x\n\nc,y,z\n,y\n'
     path = write(tmp_path / "rows.csv", content)
-    found = list(read_records(path, TEXT))
-    assert [(r.values, r.row, r.line) for r in found] == [
+    records = list(read_records(path, TEXT))
+    assert [(r.values, r.row, r.line) for r in records] == [
         (("a\nb",), 1, 3),
         ((), 2, 6),
         ((None,), 3, 7),
     ]
-    assert found[1].error == "3 fields, but the header has 2"
-    assert found[-1].position == last_position(path) == len(content)
+    assert records[1].error == "3 fields, but the header has 2"
+    assert records[-1].position == last_position(path) == len(content)
 
 
-def test_what_spreadsheets_put_before_a_header_is_left_out(tmp_path):
-    for before in ("", "\n", "sep=,\n", "\ufeff", "\ufeffsep=,\r\n"):
-        path = write(tmp_path / "rows.csv", f"{before}text , label\na,007\nb,01\n")
+def test_bom_sep_line_and_blank_line_before_a_csv_header_are_skipped(tmp_path):
+    for prefix in ("", "\n", "sep=,\n", "\ufeff", "\ufeffsep=,\r\n"):
+        path = write(tmp_path / "rows.csv", f"{prefix}text , label\na,007\nb,01\n")
         assert texts_of(path) == ["a", "b"]
-        assert load(path).classes == ("01", "007")
+        assert load_training_data(path).classes == ("01", "007")
 
 
 @pytest.mark.parametrize(
@@ -194,49 +196,51 @@ def test_what_spreadsheets_put_before_a_header_is_left_out(tmp_path):
 def test_training_and_prediction_refuse_the_same_files(tmp_path, name, content, message):
     path = tmp_path / name
     path.write_bytes(content)
-    assert message in refusal(path)
+    assert message in refusal_message(path)
     with pytest.raises(UserError) as error:
         list(read_records(path, TEXT))
     assert message in str(error.value)
 
 
-def test_lines_of_text_are_for_prediction_alone(tmp_path):
+def test_txt_files_are_read_for_prediction_but_refused_for_training(tmp_path):
     path = write(tmp_path / "rows.txt", 'a "b"\n\nc\r\n')
     assert texts_of(path) == ['a "b"', "", "c"]
-    assert "must end in one of" in refusal(path)
+    assert "must end in one of" in refusal_message(path)
     with pytest.raises(UserError, match="this model takes pairs"):
         list(read_records(path, Columns(("a", "b"))))
 
 
 @pytest.mark.parametrize("suffix", ["json", "jsonl", "ndjson"])
-def test_objects_may_run_over_several_lines(tmp_path, suffix):
+def test_json_objects_may_span_several_lines(tmp_path, suffix):
     objects = [{"text": f"text {n}", "label": n % 2, "other": [{"a": {}}, []]} for n in range(9)]
-    printed = (json.dumps(each, indent=n % 4 or None) for n, each in enumerate(objects))
-    path = write(tmp_path / f"rows.{suffix}", "\n".join(printed) + "\n")
-    assert texts_of(path) == [each["text"] for each in objects]
-    assert load(path).classes == ("0", "1")
+    formatted = (json.dumps(item, indent=n % 4 or None) for n, item in enumerate(objects))
+    path = write(tmp_path / f"rows.{suffix}", "\n".join(formatted) + "\n")
+    assert texts_of(path) == [item["text"] for item in objects]
+    assert load_training_data(path).classes == ("0", "1")
 
 
-def test_a_broken_object_swallows_no_other(tmp_path):
+def test_invalid_json_object_spoils_only_its_own_record(tmp_path):
     lines = ['{"text": "a"}', '{"text": ', '{"text": "b"}', '{"text": "c', '{"text": "d"}']
     lines += ["{", '  "text": "e",', '  "label": oops', "}", "5", '{"text": "f"}', '{"text":']
     path = write(tmp_path / "rows.jsonl", "\n".join(lines))
-    found = texts_of(path)
-    assert [text for text in found if isinstance(text, str)] == ["a", "b", "d", "f"]
-    assert len(found) == len(lines)
-    assert all(error[0].startswith("not ") for error in found if isinstance(error, tuple))
-    message = refusal(write(tmp_path / "rows.jsonl", '{"text": "a", "label": 1}\n{"text": \n'))
+    texts = texts_of(path)
+    assert [text for text in texts if isinstance(text, str)] == ["a", "b", "d", "f"]
+    assert len(texts) == len(lines)
+    assert all(error[0].startswith("not ") for error in texts if isinstance(error, tuple))
+    message = refusal_message(
+        write(tmp_path / "rows.jsonl", '{"text": "a", "label": 1}\n{"text": \n')
+    )
     assert "row 2 (line 2): not JSON: Expecting value" in message
 
 
-def test_a_first_object_may_lack_a_column_that_another_one_has(tmp_path):
+def test_first_json_object_may_lack_a_column(tmp_path):
     path = write(tmp_path / "rows.jsonl", '{"label": 1}\n{"text": "a", "label": 2}\n')
     assert texts_of(path) == [None, "a"]
-    assert "column 'text' is empty in row 1" in refusal(path)
+    assert "column 'text' is empty in row 1" in refusal_message(path)
 
 
 @pytest.mark.parametrize(
-    ("labels", "wanted"),
+    ("labels", "expected"),
     [
         (["2020-01-01", "2021-01-01"], ["2020-01-01", "2021-01-01"]),
         ([2**63, 2**63 + 1], ["9223372036854775808", "9223372036854775809"]),
@@ -247,17 +251,17 @@ def test_a_first_object_may_lack_a_column_that_another_one_has(tmp_path):
         ([1, None, float("nan")], ["1", None, None]),
     ],
 )
-def test_labels_of_json_are_those_written(tmp_path, labels, wanted):
+def test_json_labels_keep_their_written_form(tmp_path, labels, expected):
     lines = [json.dumps({"text": "a", "label": label}) for label in labels]
-    assert labels_of(write(tmp_path / "rows.jsonl", "\n".join(lines))) == wanted
+    assert labels_of(write(tmp_path / "rows.jsonl", "\n".join(lines))) == expected
 
 
 @pytest.mark.parametrize(
     ("labels", "value"), [([1, "1"], "'1'"), ([True, 1], "1"), (["a", {"b": 1}], "{'b': 1}")]
 )
-def test_labels_of_json_are_of_one_kind(tmp_path, labels, value):
+def test_json_labels_of_mixed_types_are_refused(tmp_path, labels, value):
     lines = [json.dumps({"text": "a", "label": label}) for label in labels]
-    message = refusal(write(tmp_path / "rows.jsonl", "\n".join(lines)))
+    message = refusal_message(write(tmp_path / "rows.jsonl", "\n".join(lines)))
     assert "row 2 (line 2): column 'label' is" in message
     assert value in message
 
@@ -269,44 +273,44 @@ def test_labels_of_json_are_of_one_kind(tmp_path, labels, value):
         *(pa.binary_view(), pa.dictionary(pa.int32(), pa.string())),
     ],
 )
-def test_text_of_parquet_may_be_of_any_type_that_holds_text(tmp_path, kind):
+def test_parquet_text_may_have_any_string_or_binary_type(tmp_path, kind):
     texts = ["a", "é", "a", "b"] * 700
     values = pa.array(texts).dictionary_encode() if pa.types.is_dictionary(kind) else texts
     if not isinstance(values, pa.Array):
-        bytes_ = pa.types.is_binary(kind) or "binary" in str(kind)
-        values = pa.array([text.encode() for text in texts] if bytes_ else texts, kind)
+        binary = pa.types.is_binary(kind) or "binary" in str(kind)
+        values = pa.array([text.encode() for text in texts] if binary else texts, kind)
     path = tmp_path / "rows.parquet"
     pq.write_table(pa.table({"text": values, "label": values}), path)
     assert texts_of(path) == labels_of(path) == texts
-    assert load(path).classes == ("a", "b", "é")
+    assert load_training_data(path).classes == ("a", "b", "é")
     assert last_position(path) == len(texts)
 
 
-def test_a_column_of_numbers_is_not_text_also_for_prediction(tmp_path):
+def test_numeric_text_column_is_refused_for_prediction(tmp_path):
     path = tmp_path / "rows.parquet"
     pq.write_table(pa.table({"text": [1, 2]}), path)
     with pytest.raises(UserError, match="column 'text' holds values of type int64, not text"):
         list(read_records(path, TEXT))
 
 
-def test_a_folder_named_by_a_label_is_no_partition(tmp_path):
+def test_folder_named_like_a_hive_partition_adds_no_column(tmp_path):
     path = tmp_path / "label=5" / "rows.parquet"
     path.parent.mkdir()
     pq.write_table(pa.table({"text": ["a", "b"], "label": ["x", "y"]}), path)
-    assert load(path).classes == ("x", "y")
+    assert load_training_data(path).classes == ("x", "y")
 
 
-def test_what_editors_and_archives_leave_in_a_folder_is_left_out(tmp_path):
+def test_hidden_and_archive_files_of_a_folder_are_ignored(tmp_path):
     for name in ("x/1.txt", "y/1.txt", "y/._1.txt", ".checkpoints/1.txt", "__MACOSX/1.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("a text")
-    found = load(tmp_path)
-    assert found.classes == ("x", "y")
-    assert len(found.train.texts) == 2
+    dataset = load_training_data(tmp_path)
+    assert dataset.classes == ("x", "y")
+    assert len(dataset.train.texts) == 2
 
 
 @pytest.mark.parametrize("suffix", ["csv", "jsonl", "txt"])
-def test_memory_does_not_grow_with_the_file(tmp_path, suffix):
+def test_memory_of_reading_does_not_grow_with_the_file(tmp_path, suffix):
     line = json.dumps({"text": "word " * 200}) if suffix == "jsonl" else "word " * 200
     path = tmp_path / f"rows.{suffix}"
     write(path, "text\n" * (suffix == "csv") + f"{line}\n" * 12_000)

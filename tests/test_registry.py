@@ -1,4 +1,4 @@
-"""Entries of other packages and modules: named in the config, saved with a run, found again."""
+"""Tests of registry entries of other packages and modules, named in the config."""
 
 import json
 from importlib.metadata import EntryPoint
@@ -23,13 +23,13 @@ from sweet_jax.run_report import render_report
 
 
 @pytest.fixture
-def installed(monkeypatch):
-    """Installs entry points, by (group, name, "module:OBJECT"), in the place of all others."""
+def install_entry_points(monkeypatch):
+    """Function (*(group, name, "module:OBJECT")) that replaces all installed entry points."""
 
     def install(*points):
-        found = [EntryPoint(name, value, group) for group, name, value in points]
+        entries = [EntryPoint(name, value, group) for group, name, value in points]
         monkeypatch.setattr(
-            registry, "entry_points", lambda group: [p for p in found if p.group == group]
+            registry, "entry_points", lambda group: [p for p in entries if p.group == group]
         )
         for table in (METHODS, POLICIES):
             monkeypatch.setattr(table, "_entries", dict(table._entries))
@@ -41,7 +41,7 @@ def installed(monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_run_of_a_module_s_method_objective_metric_and_policy(options, rows, tmp_path):
+def test_run_with_method_objective_metric_and_policy_of_a_module(options, rows, tmp_path):
     changes = {
         "method": "extension:HALF",
         "objective": "extension:LEVELS",
@@ -61,40 +61,40 @@ def test_a_run_of_a_module_s_method_objective_metric_and_policy(options, rows, t
     assert run.outputs.objective.predict is LEVELS.predict
     classifier = run.classifier(cost=0.7)
     assert classifier.policy == "extension:LEAD"
-    preds = classifier.predict(table["text"].tolist()[:5])
-    assert set(preds.labels) <= {"class 0", "class 1"}
-    np.testing.assert_allclose(preds.probabilities.sum(axis=-1), 1, rtol=1e-5)
+    predictions = classifier.predict(table["text"].tolist()[:5])
+    assert set(predictions.labels) <= {"class 0", "class 1"}
+    np.testing.assert_allclose(predictions.probabilities.sum(axis=-1), 1, rtol=1e-5)
     curve = sweet_jax.simulate(run.outputs, policy="extension:LEAD")
     assert curve.score.min() == 1  # two levels are always within one
     render_report(tmp_path, {"cost": 0.5})
 
 
-def test_the_temperature_of_logits_that_are_not_linear_minimises_the_objective_s_loss():
+def test_temperature_minimizes_the_loss_of_an_objective_with_nonlinear_logits():
     rng = np.random.default_rng(0)
     outputs, targets = rng.normal(1, 1, (200, 3)), rng.integers(0, 3, 200)
 
     def loss(temperature):
-        logs = log_softmax(LEVELS.categorical.logits(outputs / temperature))[:, 0]
-        return -logs[np.arange(200), targets].mean()
+        log_probabilities = log_softmax(LEVELS.categorical.logits(outputs / temperature))[:, 0]
+        return -log_probabilities[np.arange(200), targets].mean()
 
-    found = fit_temperature(outputs, targets, LEVELS)
-    assert loss(found) <= min(map(loss, np.geomspace(*TEMPERATURE_RANGE, 1000))) + 1e-6
-    assert loss(found) < loss(1.0)
+    fitted = fit_temperature(outputs, targets, LEVELS)
+    assert loss(fitted) <= min(map(loss, np.geomspace(*TEMPERATURE_RANGE, 1000))) + 1e-6
+    assert loss(fitted) < loss(1.0)
     outputs[0] = -1e200  # whose square is infinite
     assert np.isfinite(fit_temperature(outputs, targets, LEVELS))
 
 
-def test_a_policy_s_range_is_that_of_its_object():
+def test_policy_of_a_module_defines_its_threshold_range():
     np.testing.assert_allclose(grid_thresholds("extension:LEAD", 2, 4), np.linspace(0, 4, 11))
     assert LEAD.by_exits
 
 
-def test_a_schedule_of_a_module():
+def test_loss_weights_of_a_module():
     assert loss_weights("extension:rising", (1, 2)) == ((1.0, 0.5), (1.0, 1.0))
 
 
-def test_an_installed_package_adds_an_entry_by_its_entry_point(installed):
-    installed(
+def test_entry_points_of_an_installed_package_add_methods_and_policies(install_entry_points):
+    install_entry_points(
         ("sweet_jax.methods", "half", "extension:HALF"),
         ("sweet_jax.methods", "broken", "absent:HALF"),
         ("sweet_jax.policies", "lead", "extension:LEAD"),
@@ -112,7 +112,7 @@ def test_an_installed_package_adds_an_entry_by_its_entry_point(installed):
     assert METHODS.get("extension:HALF") is None
 
 
-def test_a_method_of_a_module_is_judged_by_its_values():
+def test_segment_parallel_depends_on_the_values_of_a_module_s_method():
     assert from_mapping({"method": "extension:SAME", "segment_parallel": True}).segment_parallel
     with pytest.raises(UserError, match="which method='extension:HALF' rules out"):
         from_mapping({"method": "extension:HALF", "segment_parallel": True})
@@ -131,19 +131,19 @@ def test_a_method_of_a_module_is_judged_by_its_values():
         ({"loss_weights": "extension:HALF"}, "loss_weights 'extension:HALF' is of type Method, "),
     ],
 )
-def test_a_reference_that_will_not_do_is_named(changes, words):
+def test_invalid_module_reference_is_refused(changes, words):
     with pytest.raises(UserError) as error:
         from_mapping(changes)
     assert str(error.value).startswith(words)
     assert "\n" not in str(error.value)
 
 
-def test_a_metric_of_a_module_is_a_metric_of_every_objective():
+def test_objective_finds_a_metric_of_a_module():
     assert LEVELS.metric("extension:WITHIN_ONE").value is WITHIN_ONE.value
     assert LEVELS.metric("extension:WITHIN_ONE").name == "extension:WITHIN_ONE"
 
 
-def test_the_outputs_of_a_module_s_objective_are_read_in_a_process_that_never_named_it():
+def test_run_identity_accepts_an_objective_that_was_not_yet_imported():
     registry.import_entry.cache_clear()
     assert RunIdentity(objective="extension:LEVELS").objective == "extension:LEVELS"
     assert "extension:LEVELS" not in tuple(OBJECTIVES)

@@ -1,4 +1,4 @@
-"""The report in a real browser, the comparison page, the simulate command, and escaping."""
+"""Tests of the report page (also in a browser), the comparison page and `sweet-jax simulate`."""
 
 import copy
 import dataclasses
@@ -43,10 +43,13 @@ from sweet_jax.simulate import main as simulate_command
 
 END, HOME, RIGHT = "\ue010", "\ue011", "\ue014"  # WebDriver's names of keys
 NASTY = "<script>document.title='broken'</script>$x$"
+REGRESSION = from_mapping(
+    {"objective": "regression", "exits": (1, 2, 4), "seeds": (0, 1)}
+).resolved()
 
 
-def outputs(split: str, rows: int, replicas: int = 2) -> ExitOutputs:
-    """Exits that are right more often the deeper they are, and surer where they are right."""
+def simulated_outputs(split: str, rows: int, replicas: int = 2) -> ExitOutputs:
+    """Returns outputs of three exits; deeper ones are right more often, and surer if right."""
     rng = np.random.default_rng(len(split))
     labels = rng.integers(0, 2, rows)
     right = rng.random((replicas, 3, rows)) < np.asarray([0.7, 0.8, 0.9])[:, None]
@@ -60,13 +63,13 @@ def outputs(split: str, rows: int, replicas: int = 2) -> ExitOutputs:
 
 @pytest.fixture(scope="module")
 def analysis():
-    return analyse(outputs("calibration", 200), outputs("validation", 300))
+    return analyse(simulated_outputs("calibration", 200), simulated_outputs("validation", 300))
 
 
 @pytest.fixture(scope="module")
 def report(analysis, tmp_path_factory):
     config = from_mapping({"task": NASTY, "exits": (1, 2, 4), "seeds": (0, 1)}).resolved()
-    bad = [
+    failures = [
         {
             "replica": 1,
             "seed": 1,
@@ -77,27 +80,39 @@ def report(analysis, tmp_path_factory):
         }
     ]
     metrics = [
-        {"training": "t", "step": s, "loss": [[1 / (s + 1), 0.5, None]] * 2} for s in range(30)
+        {"training": "t", "step": step, "loss": [[1 / (step + 1), 0.5, None]] * 2}
+        for step in range(30)
     ]
-    results = build_results(config, analysis, TrainingRecord(900, failures=bad))
+    results = build_results(config, analysis, TrainingRecord(900, failures=failures))
     folder = tmp_path_factory.mktemp("report")
     write_report(folder / "report.html", analysis, results, metrics, {"t": (1, 2, 4)})
     write_figures(folder / "figures", analysis, results, metrics, {"t": (1, 2, 4)})
     return folder, results
 
 
-def reading(browser) -> list[float]:
+def displayed_values(browser) -> list[float]:
     names = ("at-threshold", "at-cost", "at-score")
     return [float(browser.find_element("id", name).text) for name in names]
 
 
-def shares(browser) -> list[float]:
+def displayed_shares(browser) -> list[float]:
     cells = browser.find_elements("css selector", "#shares tr td:nth-child(2)")
     return [float(cell.text.rstrip("%")) / 100 for cell in cells]
 
 
 def traces(browser, chart: str) -> list[dict]:
     return browser.execute_script(f"return document.getElementById('{chart}').chart.traces")
+
+
+def severe_errors(browser) -> list[dict]:
+    return [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
+
+
+def save_replica(analysis, replica: int, folder: Path) -> None:
+    """Saves the outputs of one replica as those of a run."""
+    for split in ("calibration", "validation"):
+        rows = getattr(analysis, split).replica(replica)
+        rows.save(folder / "exit_outputs" / f"{split}.npz")
 
 
 def move_slider(browser, value: int) -> None:
@@ -108,7 +123,7 @@ def move_slider(browser, value: int) -> None:
     )
 
 
-def test_the_slider_shows_the_curve_s_numbers(report, analysis, browser):
+def test_slider_shows_the_cost_metric_and_shares_of_the_curve(report, analysis, browser):
     folder, results = report
     browser.get((folder / "report.html").as_uri())
     for replica in (0, 1):
@@ -117,45 +132,49 @@ def test_the_slider_shows_the_curve_s_numbers(report, analysis, browser):
             "c.dispatchEvent(new Event('change'));",
             str(replica),
         )
-        keep = analysis.operating_point(replica)
-        np.testing.assert_allclose(reading(browser)[1:], keep.validation, rtol=0, atol=6e-5)
+        recommended = analysis.operating_point(replica)
+        np.testing.assert_allclose(
+            displayed_values(browser)[1:], recommended.validation, rtol=0, atol=6e-5
+        )
         shown = browser.find_element("id", "at-threshold").text
-        assert shown == format_threshold(keep.threshold, analysis.breakpoints(replica))
+        assert shown == format_threshold(recommended.threshold, analysis.breakpoints(replica))
         last = int(browser.find_element("id", "threshold").get_attribute("max"))
-        for place in (0, last // 2, last):
-            move_slider(browser, place)
-            threshold, cost, score = reading(browser)
-            exact = simulate_curve(
+        for position in (0, last // 2, last):
+            move_slider(browser, position)
+            threshold, cost, score = displayed_values(browser)
+            expected = simulate_curve(
                 analysis.validation.replica(replica),
                 calibrators=[analysis.calibrators[replica]],
                 thresholds=np.asarray([threshold]),
             )
-            assert (cost, score) == pytest.approx((exact.cost[0, 0], exact.score[0, 0]), abs=6e-5)
-            bars = shares(browser)
-            assert sum(bars) == pytest.approx(1, abs=2e-3)
-            assert cost == pytest.approx(np.dot(bars, [0.25, 0.5, 1.0]), abs=2e-3)
+            assert (cost, score) == pytest.approx(
+                (expected.cost[0, 0], expected.score[0, 0]), abs=6e-5
+            )
+            shares = displayed_shares(browser)
+            assert sum(shares) == pytest.approx(1, abs=2e-3)
+            assert cost == pytest.approx(np.dot(shares, [0.25, 0.5, 1.0]), abs=2e-3)
             marker = next(t for t in traces(browser, "curve") if t["name"] == "the slider")
             assert marker["x"] == [pytest.approx(cost, abs=1e-3)]
-            spoken = browser.find_element("id", "threshold").get_attribute("aria-valuetext")
-            assert f"cost {cost:.4f}, accuracy {score:.4f}" in spoken
-        assert bars == [0, 0, 1]
-    table = browser.find_element("css selector", "[aria-label='each exit alone'] table").text
+            aria_text = browser.find_element("id", "threshold").get_attribute("aria-valuetext")
+            assert f"cost {cost:.4f}, accuracy {score:.4f}" in aria_text
+        assert shares == [0, 0, 1]
+    exit_scores = browser.find_element("css selector", "[aria-label='each exit alone'] table").text
     for row in results["replicas"][results["best_replica"]]["individual"]:
-        assert f"{row['score']:.4f}" in table
-    drawn = browser.execute_script(
+        assert f"{row['score']:.4f}" in exit_scores
+    path_counts = browser.execute_script(
         "return [...document.querySelectorAll('.chart > svg')]"
         ".map(s => s.querySelectorAll('path').length)"
     )
-    assert len(drawn) == 2 + 3  # the curve, the losses, and the reliability of each exit
-    assert all(drawn)
+    assert len(path_counts) == 2 + 3  # the curve, the losses, and the reliability of each exit
+    assert all(path_counts)
 
 
-def test_the_keyboard_moves_the_slider(report, browser):
+def test_keyboard_moves_the_slider_of_the_report(report, browser):
     browser.get((report[0] / "report.html").as_uri())
     slider = browser.find_element("id", "threshold")
     first = slider.get_attribute("aria-valuetext")
     slider.send_keys(END)
-    assert shares(browser) == [0, 0, 1]
+    assert displayed_shares(browser) == [0, 0, 1]
     slider.send_keys(HOME, RIGHT)
     assert slider.get_attribute("value") == "1"
     browser.find_element("id", "recommended").click()
@@ -171,25 +190,24 @@ def set_value(browser, name: str, value: str) -> None:
     )
 
 
-def ask_page(browser, target: str, value: float) -> str:
+def request_target(browser, target: str, value: float) -> str:
     set_value(browser, "target", target)
     set_value(browser, "target-value", str(value))
     return browser.find_element("id", "target-result").text
 
 
-def test_the_page_chooses_what_the_command_chooses(report, analysis, browser, tmp_path, capsys):
-    """For the same target both print the same threshold, cost and metric."""
-    for split in ("calibration", "validation"):
-        best = getattr(analysis, split).replica(analysis.best)
-        best.save(tmp_path / "run" / "exit_outputs" / f"{split}.npz")
+def test_page_and_simulate_command_choose_the_same_threshold(
+    report, analysis, browser, tmp_path, capsys
+):
+    save_replica(analysis, analysis.best, tmp_path / "run")
     browser.get((report[0] / "report.html").as_uri())
     targets = {"cost": (0.1, 0.25, 0.6, 0.733, 1.0), "accuracy": (0.3, 0.7, 0.85, 0.995)}
-    met = 0
+    feasible = 0
     for policy in ("confidence", "entropy", "patience", "pcee_isotonic", "pcee_ws"):
         set_value(browser, "policy", policy)
         assert browser.find_element("id", "about").text == POLICIES[policy].about
         for target, value in ((name, v) for name, values in targets.items() for v in values):
-            shown = ask_page(browser, target, value)
+            shown = request_target(browser, target, value)
             command = [f"--run={tmp_path / 'run'}", f"--policy={policy}", f"--{target}={value}"]
             assert simulate_command(command) == 0
             printed = capsys.readouterr().out
@@ -197,63 +215,66 @@ def test_the_page_chooses_what_the_command_chooses(report, analysis, browser, tm
                 (reachable,) = re.findall(r"reachable is (\S+ \S+) on the", printed)
                 assert shown == f"infeasible: the best reachable on calibration rows is {reachable}"
                 continue
-            found = re.findall(r"^threshold (\S+): .*; cost (\S+), accuracy (\S+) on", printed)
-            ours = re.findall(r"^threshold (\S+); .*: cost (\S+), accuracy (\S+); ", shown)
-            assert ours == found
-            threshold, cost, accuracy = (float(v) for v in found[0])
-            np.testing.assert_allclose(reading(browser), (threshold, cost, accuracy), atol=6e-8)
-            met += 1
-    assert met > 30
+            expected = re.findall(r"^threshold (\S+): .*; cost (\S+), accuracy (\S+) on", printed)
+            actual = re.findall(r"^threshold (\S+); .*: cost (\S+), accuracy (\S+); ", shown)
+            assert actual == expected
+            threshold, cost, accuracy = (float(v) for v in expected[0])
+            np.testing.assert_allclose(
+                displayed_values(browser), (threshold, cost, accuracy), atol=6e-8
+            )
+            feasible += 1
+    assert feasible > 30
     set_value(browser, "policy", "entropy")
-    assert ask_page(browser, "cost", 0.1) == (
+    assert request_target(browser, "cost", 0.1) == (
         "infeasible: the best reachable on calibration rows is cost 0.2500"
     )
-    assert [e for e in browser.get_log("browser") if e["level"] == "SEVERE"] == []
+    assert severe_errors(browser) == []
 
 
-def test_the_page_certifies_what_the_resolver_certifies(report, analysis, browser):
+def test_page_and_resolver_certify_the_same_thresholds(report, analysis, browser):
     browser.get((report[0] / "report.html").as_uri())
     best = report[1]["best_replica"]
     for policy in ("confidence", "pcee_ws"):
-        theirs = analyse(analysis.calibration, analysis.validation, policy)
+        of_policy = analyse(analysis.calibration, analysis.validation, policy)
         set_value(browser, "policy", policy)
         for target, value in (("risk", 0.3), ("agreement", 0.75)):
-            shown = ask_page(browser, target, value)
-            found = theirs.operating_point(best, {target: value})
+            shown = request_target(browser, target, value)
+            point = of_policy.operating_point(best, {target: value})
             (threshold,) = re.findall(r"at threshold (\S+); ", shown)
-            half = theirs.resolver(best).half_calibrator
-            assert threshold == format_threshold(found.threshold, theirs.breakpoints(best, half))
-            assert f"certified with 95% confidence: {target} {found.reachable:.4f} at" in shown
-            assert "cost {:.4f}, accuracy {:.4f}".format(*found.validation) in shown
-    assert "infeasible: the best certified is risk 0." in ask_page(browser, "risk", 0.001)
+            calibrator = of_policy.resolver(best).half_calibrator
+            assert threshold == format_threshold(
+                point.threshold, of_policy.breakpoints(best, calibrator)
+            )
+            assert f"certified with 95% confidence: {target} {point.reachable:.4f} at" in shown
+            assert "cost {:.4f}, accuracy {:.4f}".format(*point.validation) in shown
+    assert "infeasible: the best certified is risk 0." in request_target(browser, "risk", 0.001)
 
 
-def test_the_page_bounds_an_error_as_the_command_does(browser, tmp_path, capsys):
-    analysis = numbers_that_diverged((slice(0), slice(0)))
-    for split in ("calibration", "validation"):
-        best = getattr(analysis, split).replica(analysis.best)
-        best.save(tmp_path / "exit_outputs" / f"{split}.npz")
-    config = from_mapping({"objective": "regression", "exits": (1, 2, 4), "seeds": (0, 1)})
-    results = build_results(config.resolved(), analysis, TrainingRecord(900))
+def test_page_and_simulate_command_bound_the_error_of_a_regression_alike(browser, tmp_path, capsys):
+    analysis = regression_analysis()
+    save_replica(analysis, analysis.best, tmp_path)
+    results = build_results(REGRESSION, analysis, TrainingRecord(900))
     write_report(tmp_path / "report.html", analysis, results, [], {})
     browser.get((tmp_path / "report.html").as_uri())
     option = browser.find_element("css selector", "#target [value=error]").text
     assert option == "mean absolute error at most"
-    words = r"threshold (\S+?)[:;] .*cost (\S+), neg_mean_absolute_error ([-.\d]+).*?; ([.\d]+ \w+)"
+    pattern = (
+        r"threshold (\S+?)[:;] .*cost (\S+), neg_mean_absolute_error ([-.\d]+).*?; ([.\d]+ \w+)"
+    )
     for value in (0.3, 0.5):
-        shown = ask_page(browser, "error", value)
+        shown = request_target(browser, "error", value)
         assert simulate_command([f"--run={tmp_path}", f"--error={value}"]) == 0
         (line,) = re.findall(r"threshold .* the target", capsys.readouterr().out)
-        assert re.findall(words, shown) == re.findall(words, line) != []
-    names = [key.text for key in browser.find_elements("css selector", "#curve .legend button")]
-    assert "stable oracle" not in names  # a regression has none
-    assert "floor: exits at random" in names
+        assert re.findall(pattern, shown) == re.findall(pattern, line) != []
+    legend = [key.text for key in browser.find_elements("css selector", "#curve .legend button")]
+    assert "stable oracle" not in legend  # a regression has none
+    assert "floor: exits at random" in legend
     assert "infeasible: the best reachable on calibration rows is error " in (
-        ask_page(browser, "error", 0.001)
+        request_target(browser, "error", 0.001)
     )
 
 
-def test_the_page_says_what_can_be_certified(report, browser):
+def test_page_shows_certified_thresholds_oracles_and_the_seed_band(report, browser):
     browser.get((report[0] / "report.html").as_uri())
     text = browser.find_element("tag name", "body").text
     assert "Certified thresholds" in text
@@ -265,22 +286,23 @@ def test_the_page_says_what_can_be_certified(report, browser):
     assert points["2 seeds, lowest to highest"] == 200
 
 
-def test_limits_with_the_same_threshold_are_one_line(analysis, tmp_path):
-    """All exits are alike: 5% and 10% of 100 rows are certified at any threshold, 1% and 2% not."""
-    alike = [
+def test_certified_limits_with_the_same_threshold_share_a_row(analysis, tmp_path):
+    """With equal exits, every threshold certifies 5% and 10% of 100 rows, and none 1% and 2%."""
+    splits = [
         dataclasses.replace(rows, logits=np.repeat(rows.logits[:, -1:], 3, axis=1))
         for rows in (analysis.calibration, analysis.validation)
     ]
-    alike = analyse(*alike)
+    equal_exits = analyse(*splits)
     config = from_mapping({"exits": (1, 2, 4), "seeds": (0, 1)}).resolved()
-    results = build_results(config, alike, TrainingRecord(900))
-    write_report(tmp_path / "report.html", alike, results, [], {})
+    results = build_results(config, equal_exits, TrainingRecord(900))
+    write_report(tmp_path / "report.html", equal_exits, results, [], {})
     page = (tmp_path / "report.html").read_text()
     harms = "right at the last exit, wrong earlier", "answered differently from the last exit"
     for harm in harms:
         lines = re.findall(rf"<tr><td>([^<]*)</td>\n<td>{harm}</td>", page)
         assert lines == ["1%, 2%", "5%, 10%"]
-    assert [row["limits"][0] for row in certificate_table(alike, 0)] == [0.01, 0.05] * 2
+    first_limits = [row["limits"][0] for row in certificate_table(equal_exits, 0)]
+    assert first_limits == [0.01, 0.05] * 2
 
 
 @pytest.mark.parametrize(
@@ -293,16 +315,16 @@ def test_limits_with_the_same_threshold_are_one_line(analysis, tmp_path):
         ((0.81, 0.79, 0.8103), "Here it is no better than choosing exits at random"),
     ],
 )
-def test_the_page_says_how_near_the_oracle_a_policy_is(report, analysis, tmp_path, means, words):
+def test_page_compares_the_policy_with_random_exits(report, analysis, tmp_path, means, words):
     results = copy.deepcopy(report[1])
-    named = dict(zip(("floor", "policy", "stable"), means, strict=True))
-    results["replicas"][results["best_replica"]]["mean_metrics"] = named
+    mean_metrics = dict(zip(("floor", "policy", "stable"), means, strict=True))
+    results["replicas"][results["best_replica"]]["mean_metrics"] = mean_metrics
     write_report(tmp_path / "report.html", analysis, results, [], {})
     page = " ".join((tmp_path / "report.html").read_text().split())
     assert words in page
 
 
-def test_text_from_data_is_text(report, browser):
+def test_report_escapes_text_from_the_data(report, browser):
     folder, _ = report
     browser.get((folder / "report.html").as_uri())
     assert browser.title.startswith(NASTY)
@@ -310,17 +332,17 @@ def test_text_from_data_is_text(report, browser):
     warning = browser.find_element("css selector", ".warning").text
     assert warning.startswith("collapsed: replica 1 ")
     assert warning.endswith("exit 2 predicts class 'no' for every row, since step 7")
-    errors = [e for e in browser.get_log("browser") if e["level"] == "SEVERE"]
+    errors = severe_errors(browser)
     assert not errors
 
 
-def test_a_file_s_name_that_is_not_utf_8_does_not_stop_the_report(report, analysis, tmp_path):
+def test_report_is_written_for_a_file_name_that_is_not_utf_8(report, analysis, tmp_path):
     details = ReportDetails(title=os.fsdecode(b"caf\xe9.jsonl"))
     write_report(tmp_path / "report.html", analysis, report[1], [], {}, details)
     assert "<title>caf?.jsonl, " in (tmp_path / "report.html").read_text(encoding="utf-8")
 
 
-def test_the_page_says_where_texts_leave_without_a_script(report):
+def test_page_without_javascript_shows_the_share_of_each_exit(report):
     page = (report[0] / "report.html").read_text()
     cells = re.findall(r"<td>([.\d]+)%</td><td [^>]*><span style=.*?; width: ([.\d]+)%", page)
     assert len(cells) == 3
@@ -329,7 +351,7 @@ def test_the_page_says_where_texts_leave_without_a_script(report):
     assert "<noscript>" in page
 
 
-def test_what_is_folded_is_printed(report, browser):
+def test_folded_parts_of_the_page_are_opened_for_printing(report, browser):
     browser.get((report[0] / "report.html").as_uri())
     folded = "return document.querySelectorAll('details:not([open])').length"
     before = browser.execute_script(folded)
@@ -339,15 +361,15 @@ def test_what_is_folded_is_printed(report, browser):
     assert browser.execute_script(folded) == before
 
 
-def test_the_page_s_numbers_are_rounded_as_the_command_rounds(analysis):
-    found = policy_series(analysis, 0, 0.8, every=False)["confidence"]
-    for series in (found["curve"], *found["targets"].values()):
+def test_numbers_of_the_page_are_rounded_to_four_decimals(analysis):
+    series_by_use = policy_series(analysis, 0, 0.8, every=False)["confidence"]
+    for series in (series_by_use["curve"], *series_by_use["targets"].values()):
         numbers = series.get("cost", []) + series.get("score", []) + series.get("reached", [])
         assert numbers == [float(f"{value:.4f}") for value in numbers]
     assert _rounded(np.asarray([0.03125, 0.09375])) == [0.0312, 0.0938]
 
 
-def test_lines_of_many_runs_are_told_apart(analysis, tmp_path):
+def test_comparison_gives_every_run_its_own_color_and_dash(analysis, tmp_path):
     write_comparison(tmp_path / "x.html", [(f"run {n}", analysis) for n in range(12)])
     (chart,) = re.findall(r'id="chart" .*?>(.*?)</script>', (tmp_path / "x.html").read_text())
     lines = [t for t in json.loads(chart)["traces"] if re.fullmatch(r"run \d+", t["name"])]
@@ -356,20 +378,20 @@ def test_lines_of_many_runs_are_told_apart(analysis, tmp_path):
     assert json.loads(chart)["y"] == "accuracy"
 
 
-def test_the_page_asks_nothing_of_a_network(report):
+def test_page_loads_nothing_from_the_network(report):
     page = (report[0] / "report.html").read_text()
-    head = page[: page.index("<script>")] + page[page.index("<body>") :]
-    assert "http" not in head.replace("http://www.w3.org", "")
-    assert "src=" not in head
+    without_scripts = page[: page.index("<script>")] + page[page.index("<body>") :]
+    assert "http" not in without_scripts.replace("http://www.w3.org", "")
+    assert "src=" not in without_scripts
 
 
-def test_figures_are_pictures(report):
+def test_figures_are_written_as_png_and_svg(report):
     for name in ("curve", "exits", "reliability", "loss"):
         assert (report[0] / "figures" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
         assert "<svg" in (report[0] / "figures" / f"{name}.svg").read_text()
 
 
-def test_results_are_json_with_the_contract_s_keys(report):
+def test_results_have_the_documented_keys(report):
     results = json.loads(json.dumps(report[1], allow_nan=False))
     assert {"task", "method", "checkpoint", "exits", "replicas", "mean", "ci95"} <= results.keys()
     replica = results["replicas"][0]
@@ -380,42 +402,42 @@ def test_results_are_json_with_the_contract_s_keys(report):
     assert results["mean"]["individual"][2]["score"] == pytest.approx(
         np.mean([r["individual"][2]["score"] for r in results["replicas"]])
     )
-    described = (Path(__file__).parents[1] / "docs" / "reference" / "files.md").read_text()
-    assert [key for key in results.keys() | replica.keys() if f"{key}`" not in described] == []
+    documentation = (Path(__file__).parents[1] / "docs" / "reference" / "files.md").read_text()
+    assert [key for key in results.keys() | replica.keys() if f"{key}`" not in documentation] == []
     assert any(row["score"] > 0 for row in results["ci95"]["individual"])
     assert " kept full accuracy on " in exit_table(results)
-    results["replicas"][results["best_replica"]]["calibration_area"] = None  # it diverged
+    results["replicas"][results["best_replica"]]["calibration_area"] = None  # as if it had diverged
     assert " kept full accuracy on " not in exit_table(results)
 
 
-def test_choices_are_made_on_calibration_rows(analysis):
+def test_operating_points_are_chosen_on_calibration_rows(analysis):
     curve = analysis.calibration_curve
     for replica in (0, 1):
-        found = analysis.operating_point(replica, {"cost": 0.5})
-        assert found.calibration[0] <= 0.5
-        inside = curve.cost[replica] <= 0.5
-        assert found.calibration[1] == curve.score[replica][inside].max()
-        found = analysis.operating_point(replica, {"accuracy": 0.85})
-        assert found.calibration[1] >= 0.85
-        enough = curve.score[replica] >= 0.85
-        assert found.calibration[0] == curve.cost[replica][enough].min()
-        found = analysis.operating_point(replica, {"cost": 0.1})
-        assert (found.threshold, found.validation, found.reachable) == (None, None, 0.25)
-        found = analysis.operating_point(replica, {"accuracy": 1.0})
-        assert (found.threshold, found.reachable) == (None, curve.score[replica].max())
+        point = analysis.operating_point(replica, {"cost": 0.5})
+        assert point.calibration[0] <= 0.5
+        affordable = curve.cost[replica] <= 0.5
+        assert point.calibration[1] == curve.score[replica][affordable].max()
+        point = analysis.operating_point(replica, {"accuracy": 0.85})
+        assert point.calibration[1] >= 0.85
+        accurate = curve.score[replica] >= 0.85
+        assert point.calibration[0] == curve.cost[replica][accurate].min()
+        point = analysis.operating_point(replica, {"cost": 0.1})
+        assert (point.threshold, point.validation, point.reachable) == (None, None, 0.25)
+        point = analysis.operating_point(replica, {"accuracy": 1.0})
+        assert (point.threshold, point.reachable) == (None, curve.score[replica].max())
 
 
-def test_set_costs_are_interpolated_between_the_grid_s_points(analysis):
+def test_scores_at_costs_are_interpolated_between_grid_points(analysis):
     grid = analysis.grid
-    found = scores_at_costs(grid, 0, [0.1, 0.25, 0.5, 1.0])
-    assert found["0.1"] is None
-    assert found["0.25"] == grid.score[0, 0]
-    assert found["1"] == grid.score[0, -1]
+    scores = scores_at_costs(grid, 0, [0.1, 0.25, 0.5, 1.0])
+    assert scores["0.1"] is None
+    assert scores["0.25"] == grid.score[0, 0]
+    assert scores["1"] == grid.score[0, -1]
     above = int(np.searchsorted(grid.cost[0], 0.5))
     low, high = grid.cost[0, above - 1 : above + 1]
     share = (0.5 - low) / (high - low)
-    between = (1 - share) * grid.score[0, above - 1] + share * grid.score[0, above]
-    assert found["0.5"] == pytest.approx(between)
+    interpolated = (1 - share) * grid.score[0, above - 1] + share * grid.score[0, above]
+    assert scores["0.5"] == pytest.approx(interpolated)
     assert grid.threshold[0].tolist() == pytest.approx(np.linspace(0.5, 1, 11).tolist())
 
 
@@ -426,98 +448,98 @@ def runs(tmp_path_factory):
     for name, replicas in (("one <b>", 1), ("two", 2)):
         folder = tmp_path_factory.mktemp("runs") / name
         for split, rows in (("calibration", 200), ("validation", 300)):
-            outputs(split, rows, replicas).save(folder / "exit_outputs" / f"{split}.npz")
+            simulated_outputs(split, rows, replicas).save(folder / "exit_outputs" / f"{split}.npz")
         folders.append(folder)
     return folders
 
 
-def ask(*arguments: object) -> subprocess.CompletedProcess:
+def run_simulate(*arguments: object) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "sweet_jax.simulate", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
 
 
-def test_simulate_answers_from_saved_outputs(runs, analysis):
-    done = ask(f"--run={runs[1]}", "--cost=0.5")
-    assert done.returncode == 0, done.stderr
-    found = analysis.operating_point(0, {"cost": 0.5})
-    shown = format_threshold(found.threshold, analysis.breakpoints(0))
-    assert f"seed 0: threshold {shown}: cost {found.calibration[0]:.4f}" in done.stdout
-    assert f"accuracy {found.validation[1]:.4f} on 300 validation rows" in done.stdout
-    done = ask(f"--run={runs[0]}", "--accuracy=0.999")
-    assert done.returncode == 0
-    assert "infeasible: the best reachable is accuracy 0." in done.stdout
-    assert "exit   cost" in ask(f"--run={runs[0]}").stdout
-    done = ask(f"--run={runs[0]}", "--policy=pcee", "--accuracy=0.8")
-    assert "threshold 0.8: cost" in done.stdout
-    assert "the target" in done.stdout
-    done = ask(f"--run={runs[0]}", "--policy=pcee", "--accuracy=0.999")
-    assert "(out of reach: the calibration rows reach at most 0." in done.stdout
+def test_simulate_prints_the_operating_point_of_saved_outputs(runs, analysis):
+    completed = run_simulate(f"--run={runs[1]}", "--cost=0.5")
+    assert completed.returncode == 0, completed.stderr
+    point = analysis.operating_point(0, {"cost": 0.5})
+    shown = format_threshold(point.threshold, analysis.breakpoints(0))
+    assert f"seed 0: threshold {shown}: cost {point.calibration[0]:.4f}" in completed.stdout
+    assert f"accuracy {point.validation[1]:.4f} on 300 validation rows" in completed.stdout
+    completed = run_simulate(f"--run={runs[0]}", "--accuracy=0.999")
+    assert completed.returncode == 0
+    assert "infeasible: the best reachable is accuracy 0." in completed.stdout
+    assert "exit   cost" in run_simulate(f"--run={runs[0]}").stdout
+    completed = run_simulate(f"--run={runs[0]}", "--policy=pcee", "--accuracy=0.8")
+    assert "threshold 0.8: cost" in completed.stdout
+    assert "the target" in completed.stdout
+    completed = run_simulate(f"--run={runs[0]}", "--policy=pcee", "--accuracy=0.999")
+    assert "(out of reach: the calibration rows reach at most 0." in completed.stdout
 
 
-def test_simulate_certifies_or_refuses(runs):
-    done = ask(f"--run={runs[0]}", "--risk=0.2")
-    assert "right at the last exit, wrong earlier, with confidence 0.95 (" in done.stdout, (
-        done.stderr
+def test_simulate_prints_a_certificate_or_the_best_certifiable_target(runs):
+    completed = run_simulate(f"--run={runs[0]}", "--risk=0.2")
+    assert "right at the last exit, wrong earlier, with confidence 0.95 (" in completed.stdout, (
+        completed.stderr
     )
-    done = ask(f"--run={runs[0]}", "--agreement=0.999", "--level=0.9")
-    assert "infeasible: the best certified is agreement 0." in done.stdout
-    assert "requested: 0.999" in done.stdout
+    completed = run_simulate(f"--run={runs[0]}", "--agreement=0.999", "--level=0.9")
+    assert "infeasible: the best certified is agreement 0." in completed.stdout
+    assert "requested: 0.999" in completed.stdout
 
 
 @pytest.mark.parametrize(("target", "value"), [("cost", 0.1), ("accuracy", 0.999), ("error", 0.01)])
-def test_simulate_prints_the_point_that_comes_closest(runs, tmp_path, capsys, target, value):
-    """Its numbers are those of its threshold."""
+def test_simulate_prints_the_closest_point_to_an_infeasible_target(
+    runs, tmp_path, capsys, target, value
+):
+    """The printed numbers must be those of its threshold."""
     folder = runs[0]
     if target == "error":
-        folder, analysis = tmp_path, numbers_that_diverged((slice(0), slice(0)))
-        for split in ("calibration", "validation"):
-            getattr(analysis, split).replica(0).save(folder / "exit_outputs" / f"{split}.npz")
+        folder = tmp_path
+        save_replica(regression_analysis(), 0, folder)
     assert simulate_command([f"--run={folder}", f"--{target}={value}"]) == 0
-    refused, point = capsys.readouterr().out.split(", at ")
-    assert refused.startswith("infeasible: the best reachable is ")
+    infeasible, point = capsys.readouterr().out.split(", at ")
+    assert infeasible.startswith("infeasible: the best reachable is ")
     (threshold,) = re.findall(r"^threshold (\S+): cost ", point)
     assert simulate_command([f"--run={folder}", f"--threshold={threshold}"]) == 0
     assert capsys.readouterr().out.split(": ", 1)[1] == point.split(": ", 1)[1]
-    (reachable,) = re.findall(r"reachable is \S+ (\S+) on", refused)
+    (reachable,) = re.findall(r"reachable is \S+ (\S+) on", infeasible)
     assert reachable in point.split(" calibration rows")[0]
 
 
 @pytest.mark.parametrize(("target", "value"), [("risk", 0.01), ("agreement", 0.99)])
-def test_simulate_prints_the_point_of_the_best_certificate(runs, capsys, target, value):
-    """It is the one of the best target that can be certified."""
+def test_simulate_prints_the_point_of_the_best_certifiable_target(runs, capsys, target, value):
     assert simulate_command([f"--run={runs[0]}", f"--{target}={value}"]) == 0
-    refused = capsys.readouterr().out
-    (best,) = re.findall(rf"^infeasible: the best certified is {target} (\S+) with", refused)
-    threshold, numbers = refused.split("; at ")[1].split(" calibration rows: ")
-    met = float(best) + (1e-4 if target == "risk" else -1e-4)  # it is rounded
-    assert simulate_command([f"--run={runs[0]}", f"--{target}={met}"]) == 0
-    found = capsys.readouterr().out
-    assert found.startswith(threshold)
-    assert found.endswith(f"; {numbers}")
+    infeasible = capsys.readouterr().out
+    (best,) = re.findall(rf"^infeasible: the best certified is {target} (\S+) with", infeasible)
+    threshold, numbers = infeasible.split("; at ")[1].split(" calibration rows: ")
+    feasible = float(best) + (1e-4 if target == "risk" else -1e-4)  # it is rounded
+    assert simulate_command([f"--run={runs[0]}", f"--{target}={feasible}"]) == 0
+    certified = capsys.readouterr().out
+    assert certified.startswith(threshold)
+    assert certified.endswith(f"; {numbers}")
 
 
-def test_simulate_explains_every_policy_and_target_in_a_line():
-    text = ask("--help").stdout
+def test_simulate_help_explains_every_policy_and_target():
+    text = run_simulate("--help").stdout
     for name, rule in POLICIES.items():
         assert any(name in line and rule.about in line for line in text.splitlines())
     for target in ("--cost", "--accuracy", "--threshold", "--risk", "--agreement", "--level"):
         assert f"  {target}" in text
 
 
-def test_simulate_says_how_far_an_error_is_from_what_was_asked_for():
+def test_simulate_describes_the_gap_between_an_error_and_its_target():
     point = SimpleNamespace(reachable=-0.34)
-    found = _describe_gap(point, -0.35, {"error": 0.3})
-    assert found.startswith("; 0.0500 above the target (out of reach: the calibration")
-    assert found.endswith(" rows reach at least 0.3400)")
+    above = _describe_gap(point, -0.35, {"error": 0.3})
+    assert above.startswith("; 0.0500 above the target (out of reach: the calibration")
+    assert above.endswith(" rows reach at least 0.3400)")
     assert _describe_gap(point, -0.3, {"error": 0.4}) == "; 0.1000 below the target"
 
 
-def test_simulate_overlays_runs_of_one_metric_only(monkeypatch, capsys, tmp_path):
-    def loaded(folder, policy):
+def test_simulate_refuses_to_compare_runs_of_different_metrics(monkeypatch, capsys, tmp_path):
+    def load_stub(folder, policy):
         identity = RunIdentity(metric="matthews" if folder.name == "b" else "accuracy")
         return SimpleNamespace(validation=SimpleNamespace(identity=identity))
 
-    monkeypatch.setattr("sweet_jax.simulate.load_analysis", loaded)
+    monkeypatch.setattr("sweet_jax.simulate.load_analysis", load_stub)
     page = tmp_path / "page.html"
     assert simulate_command(["--run=a", "--run=b", f"--output={page}"]) == 2
     assert "different metrics (accuracy of a, matthews of b): pass --run only once" in (
@@ -526,16 +548,16 @@ def test_simulate_overlays_runs_of_one_metric_only(monkeypatch, capsys, tmp_path
     assert not page.exists()
 
 
-def test_simulate_overlays_runs_in_one_page(runs, tmp_path, browser):
+def test_simulate_writes_a_comparison_page_of_several_runs(runs, tmp_path, browser):
     page = tmp_path / "compare.html"
-    for _ in range(2):  # a page of its own is replaced
-        done = ask(f"--run={runs[0]}", f"--run={runs[1]}", f"--output={page}")
-        assert done.returncode == 0, done.stderr
+    for _ in range(2):  # the second time, its own page is replaced
+        completed = run_simulate(f"--run={runs[0]}", f"--run={runs[1]}", f"--output={page}")
+        assert completed.returncode == 0, completed.stderr
     browser.get(page.as_uri())
     names = [trace["name"] for trace in traces(browser, "curves")]
     assert len(names) == 2 * 3 + 1  # each with its floor and its stable oracle, and a band
     assert str(runs[0]) in browser.find_element("css selector", "table").text
-    assert not [e for e in browser.get_log("browser") if e["level"] == "SEVERE"]
+    assert severe_errors(browser) == []
 
 
 @pytest.mark.parametrize(
@@ -553,50 +575,52 @@ def test_simulate_overlays_runs_in_one_page(runs, tmp_path, browser):
         (["--run=nowhere"], "'nowhere' is not a finished run"),
     ],
 )
-def test_simulate_refuses_in_one_line(runs, arguments, message):
-    done = ask(f"--run={runs[0]}", *arguments)
-    assert done.returncode == 2
-    assert done.stderr.startswith("error: ")
-    assert message in done.stderr
-    assert done.stderr.count("\n") == 1
+def test_simulate_refuses_invalid_arguments_in_one_line(runs, arguments, message):
+    completed = run_simulate(f"--run={runs[0]}", *arguments)
+    assert completed.returncode == 2
+    assert completed.stderr.startswith("error: ")
+    assert message in completed.stderr
+    assert completed.stderr.count("\n") == 1
 
 
-def test_simulate_without_calibration_rows_says_so(runs, tmp_path):
+def test_simulate_is_refused_without_calibration_outputs(runs, tmp_path):
     folder = tmp_path / "run" / "exit_outputs"
     folder.mkdir(parents=True)
     shutil.copy(runs[0] / "exit_outputs" / "validation.npz", folder)
-    done = ask(f"--run={tmp_path / 'run'}", "--policy=pcee", "--accuracy=0.9")
-    assert done.returncode == 2
-    assert done.stderr.startswith("error: there are no exit outputs at")
-    assert done.stderr.count("\n") == 1
+    completed = run_simulate(f"--run={tmp_path / 'run'}", "--policy=pcee", "--accuracy=0.9")
+    assert completed.returncode == 2
+    assert completed.stderr.startswith("error: there are no exit outputs at")
+    assert completed.stderr.count("\n") == 1
 
 
-def test_simulate_needs_neither_a_model_nor_jax(runs):
+def test_simulate_imports_neither_jax_nor_transformers(runs):
     code = (
         "import sys, runpy; sys.argv = ['simulate', '--run=' + sys.argv[1], '--cost=0.5']\n"
         "try: runpy.run_module('sweet_jax.simulate', run_name='__main__')\n"
         "except SystemExit as done: assert done.code == 0\n"
         "assert not {'jax', 'flax', 'transformers'} & sys.modules.keys()"
     )
-    done = subprocess.run(
+    completed = subprocess.run(
         [sys.executable, "-c", code, str(runs[0])], capture_output=True, text=True, check=False
     )
-    assert done.returncode == 0, done.stderr
+    assert completed.returncode == 0, completed.stderr
 
 
-def test_a_run_with_one_exit_is_a_point_of_the_comparison(analysis, tmp_path):
-    whole = analysis.validation
-    last = ExitOutputs(whole.logits[:, -1:], whole.labels, [4], identity=whole.identity)
+def test_comparison_shows_a_run_with_one_exit_as_a_point(analysis, tmp_path):
+    validation = analysis.validation
+    last = ExitOutputs(
+        validation.logits[:, -1:], validation.labels, [4], identity=validation.identity
+    )
     write_comparison(tmp_path / "x.html", [("all", analysis), ("one", analyse(last, last))])
     (chart,) = re.findall(
         r'id="chart" type="application/json">(.*?)</script>', (tmp_path / "x.html").read_text()
     )
     (point,) = (t for t in json.loads(chart)["traces"] if t["name"].startswith("one"))
-    right = (whole.predictions[:, -1] == whole.labels).mean()
-    assert (point["symbol"], point["x"], point["y"]) == ("diamond", [1.0], [round(right, 6)])
+    accuracy = (validation.predictions[:, -1] == validation.labels).mean()
+    assert (point["symbol"], point["x"], point["y"]) == ("diamond", [1.0], [round(accuracy, 6)])
 
 
-def test_the_verdict_and_the_second_axis_are_in_milliseconds(report, analysis, tmp_path):
+def test_verdict_and_second_axis_show_milliseconds_for_a_time_target(report, analysis, tmp_path):
     best = report[1]["best_replica"]
     times = ExitTimes(np.asarray([1.0, 2.0, 5.0]), 32, "a machine")
     baseline = Baseline("tfidf", np.zeros(300, int), 0.0)
@@ -606,29 +630,30 @@ def test_the_verdict_and_the_second_axis_are_in_milliseconds(report, analysis, t
     write_report(tmp_path / "report.html", analysis, results, [], {}, details)
     page = (tmp_path / "report.html").read_text()
     assert '"points": [[0.25, 1.0], [0.5, 2.0], [1.0, 5.0]]' in page
-    (words,) = re.findall(r'class="verdict">(.*?)</p>', page)
+    (text,) = re.findall(r'class="verdict">(.*?)</p>', page)
     clock = times.milliseconds
-    found = analysis.resolver(best).resolve("confidence", {"milliseconds": 3.0}, clock).threshold
-    exits = analysis.exits_taken(best, found)
-    given = analysis.validation.predictions[best][exits, np.arange(300)]
-    right, last = (
-        100 * (p == analysis.validation.labels[best]).mean()
-        for p in (given, analysis.validation.predictions[best, -1])
+    point = analysis.resolver(best).resolve("confidence", {"milliseconds": 3.0}, clock)
+    exits = analysis.exits_taken(best, point.threshold)
+    predictions = analysis.validation.predictions[best][exits, np.arange(300)]
+    accuracy, last_accuracy = (
+        100 * (answers == analysis.validation.labels[best]).mean()
+        for answers in (predictions, analysis.validation.predictions[best, -1])
     )
-    assert f"the model is right {right:.1f}% of the time on 300 validation rows" in words
+    assert f"the model is right {accuracy:.1f}% of the time on 300 validation rows" in text
     assert (
         f" and on average {clock[exits].mean():.3g} ms per text of median length, instead of 5 ms"
-        in words
+        in text
     )
-    assert f"; all layers give {last:.1f}%: " in words
-    theirs = 100 * (analysis.validation.labels[best] == 0).mean()
-    text = (
+    assert f"; all layers give {last_accuracy:.1f}%: " in text
+    baseline_accuracy = 100 * (analysis.validation.labels[best] == 0).mean()
+    comparison = (
         "TF-IDF + logistic regression, the best baseline, is right 50.0% of the time: the model is "
     )
-    assert f"{text}{right - theirs:.1f} points better (95% interval of the difference +" in words
+    gain = accuracy - baseline_accuracy
+    assert f"{comparison}{gain:.1f} points better (95% interval of the difference +" in text
 
 
-def test_temperatures_that_make_confidences_worse_are_named(report, analysis, tmp_path):
+def test_page_names_exits_whose_temperature_worsens_calibration(report, analysis, tmp_path):
     results = copy.deepcopy(report[1])
     rows = results["replicas"][results["best_replica"]]["quality"]
     for row, after in zip(rows, (0.05, 0.0305, 0.01), strict=True):
@@ -638,20 +663,19 @@ def test_temperatures_that_make_confidences_worse_are_named(report, analysis, tm
     assert "on the validation rows: exit 1 from 0.0300 to 0.0500.\n" in page
 
 
-def test_the_comparison_escapes_names_too(analysis, tmp_path):
+def test_comparison_page_escapes_names(analysis, tmp_path):
     write_comparison(tmp_path / "x.html", [(NASTY, analysis)])
     page = (tmp_path / "x.html").read_text()
     assert "<script>document.title" not in page
 
 
-def test_a_replica_that_diverged_from_the_first_exit_on_leaves_the_others_their_mean():
-    fitted, shown = outputs("calibration", 200, 4), outputs("validation", 300, 4)
+def test_mean_and_best_replica_leave_out_diverged_replicas():
+    splits = [simulated_outputs("calibration", 200, 4), simulated_outputs("validation", 300, 4)]
     replicas = ((0, 1e-4), (0, 3e-4), (1, 1e-4), (1, 3e-4))
-    identity = dataclasses.replace(shown.identity, replicas=replicas)
-    for split in (fitted, shown):
-        split.logits[[0, 1, 3]] = np.nan
-    split = [dataclasses.replace(split, identity=identity) for split in (fitted, shown)]
-    analysis = analyse(*split)
+    identity = dataclasses.replace(splits[1].identity, replicas=replicas)
+    for rows in splits:
+        rows.logits[[0, 1, 3]] = np.nan
+    analysis = analyse(*(dataclasses.replace(rows, identity=identity) for rows in splits))
     assert (analysis.chosen, analysis.best) == ([2], 2)
     config = from_mapping({"exits": (1, 2, 4)}).resolved()
     results = build_results(config, analysis, TrainingRecord(900))
@@ -661,15 +685,15 @@ def test_a_replica_that_diverged_from_the_first_exit_on_leaves_the_others_their_
     json.dumps(results, allow_nan=False)
 
 
-def numbers_that_diverged(places: tuple) -> Analysis:
-    """A regression of two seeds and three exits, whose outputs are not finite at [R, E] places."""
+def regression_analysis(diverged: tuple = (slice(0), slice(0))) -> Analysis:
+    """Analyses a regression of two seeds and three exits; outputs are NaN at [R, E] = diverged."""
     rng = np.random.default_rng(0)
     targets = rng.normal(size=60)
     logits = targets + rng.normal(size=(2, 3, 60)) * np.asarray([1, 0.7, 0.3])[:, None]
-    logits[places] = np.nan
+    logits[diverged] = np.nan
     seeds = ((0, 1e-4), (1, 1e-4))
-    about = RunIdentity(objective="regression", policy="stability", replicas=seeds)
-    rows = ExitOutputs(logits[..., None], targets, [1, 2, 4], identity=about)
+    identity = RunIdentity(objective="regression", policy="stability", replicas=seeds)
+    rows = ExitOutputs(logits[..., None], targets, [1, 2, 4], identity=identity)
     return analyse(rows, rows)
 
 
@@ -682,28 +706,27 @@ DIVERGED = {
 }
 
 
-@pytest.mark.parametrize("places", DIVERGED.values(), ids=DIVERGED)
-def test_numbers_that_diverged_are_null_and_everything_is_written(places, tmp_path):
-    analysis = numbers_that_diverged(places)
-    config = from_mapping({"objective": "regression", "exits": (1, 2, 4), "seeds": (0, 1)})
+@pytest.mark.parametrize("diverged", DIVERGED.values(), ids=DIVERGED)
+def test_diverged_regression_has_null_scores_and_complete_files(diverged, tmp_path):
+    analysis = regression_analysis(diverged)
     constant = Baseline("constant", np.zeros((1, 60), np.float32), 0.0)
     training = TrainingRecord(900, baselines=[constant])
-    results = build_results(config.resolved(), analysis, training)
-    lost = np.zeros((2, 3), bool)
-    lost[places] = True
-    for replica, own in zip(results["replicas"], lost, strict=True):
-        assert [row["score"] is None for row in replica["individual"]] == own.tolist()
-        assert (replica["calibration_area"] is None) == own.any()
-        assert (replica["full_score"] is None) == own[2]
+    results = build_results(REGRESSION, analysis, training)
+    is_diverged = np.zeros((2, 3), bool)
+    is_diverged[diverged] = True
+    for replica, exits in zip(results["replicas"], is_diverged, strict=True):
+        assert [row["score"] is None for row in replica["individual"]] == exits.tolist()
+        assert (replica["calibration_area"] is None) == exits.any()
+        assert (replica["full_score"] is None) == exits[2]
     write_json(tmp_path / "results.json", results)
     details = ReportDetails(baselines=[constant], target={"cost": 0.5})
     write_report(tmp_path / "report.html", analysis, results, [], {}, details)
     page = (tmp_path / "report.html").read_text()
-    words = "Training diverged: there is no operating point to recommend."
-    assert (words in page) == lost.any(axis=1).all()
+    warning = "Training diverged: there is no operating point to recommend."
+    assert (warning in page) == is_diverged.any(axis=1).all()
     for name in ("data", "charts"):
-        (found,) = re.findall(f'id="{name}" type="application/json">(.*?)</script>', page)
-        json.loads(found, parse_constant=pytest.fail)
+        (embedded,) = re.findall(f'id="{name}" type="application/json">(.*?)</script>', page)
+        json.loads(embedded, parse_constant=pytest.fail)
     write_comparison(tmp_path / "compare.html", [("run", analysis)])
     check_replaceable(tmp_path / "compare.html")
     check_replaceable(tmp_path / "absent.html")
@@ -712,16 +735,17 @@ def test_numbers_that_diverged_are_null_and_everything_is_written(places, tmp_pa
         check_replaceable(tmp_path / "kept.json")
     assert "NaN" not in (tmp_path / "compare.html").read_text()
     exits_figure(results)
-    about = {"model_type": "bert", "classes": ["n"], "text_columns": ["text"], "max_length": 32}
-    for text in (exit_table(results), model_card(results, **about)):
-        assert ("\N{EN DASH}" in text) == lost[results["best_replica"]].any()
-    table = Run.load(tmp_path).results["neg_mean_absolute_error"]
-    assert table[:3].isna().tolist() == lost[results["best_replica"]].tolist()
-    kept = json.dumps(analysis.resolver(0).as_dict(), allow_nan=False)
-    resolver = ThresholdResolver.from_dict(json.loads(kept))
+    described = {"classes": ["n"], "text_columns": ["text"], "max_length": 32}
+    card = model_card(results, model_type="bert", **described)
+    for text in (exit_table(results), card):
+        assert ("\N{EN DASH}" in text) == is_diverged[results["best_replica"]].any()
+    scores = Run.load(tmp_path).results["neg_mean_absolute_error"]
+    assert scores[:3].isna().tolist() == is_diverged[results["best_replica"]].tolist()
+    saved = json.dumps(analysis.resolver(0).as_dict(), allow_nan=False)
+    resolver = ThresholdResolver.from_dict(json.loads(saved))
     clock = np.arange(1.0, 4)
     for target in ({}, {"cost": 1.0}, {"error": 5.0}, {"milliseconds": 3.0}):
-        if not lost[0, 2]:
+        if not is_diverged[0, 2]:
             assert np.isfinite(resolver.threshold("stability", clock=clock, **target)[0])
             continue
         with pytest.raises(UserError, match="infeasible: the training of this model diverged"):
@@ -729,63 +753,65 @@ def test_numbers_that_diverged_are_null_and_everything_is_written(places, tmp_pa
 
 
 @pytest.mark.parametrize(("cost", "named"), [(0.2, True), (0.9, False)])
-def test_the_verdict_names_a_baseline_that_is_cheaper_and_as_good(cost, named):
-    """The best baseline is dearer than the exits; another may not be."""
-    analysis = numbers_that_diverged(DIVERGED["a replica"])
-    config = from_mapping({"objective": "regression", "exits": (1, 2, 4), "seeds": (0, 1)})
-    rows = analysis.validation
+def test_verdict_names_a_cheaper_baseline_that_is_as_good(cost, named):
+    """The best baseline costs more than the exits; the second best may cost less."""
+    analysis = regression_analysis(DIVERGED["a replica"])
+    validation = analysis.validation
     baselines = [
-        Baseline("probe_4", rows.predictions[:, 0] + np.float32(1e-6), 1.0),
-        Baseline("probe_1", rows.predictions[:, 0] + np.float32(2e-6), cost),
+        Baseline("probe_4", validation.predictions[:, 0] + np.float32(1e-6), 1.0),
+        Baseline("probe_1", validation.predictions[:, 0] + np.float32(2e-6), cost),
     ]
-    results = build_results(config.resolved(), analysis, TrainingRecord(900, baselines=baselines))
+    results = build_results(REGRESSION, analysis, TrainingRecord(900, baselines=baselines))
     for name, score in (("probe_4", -0.1), ("probe_1", -0.2)):
         results["baselines"][name]["score"] = score
     details = ReportDetails(baselines=baselines)
-    told = verdict(analysis, results, results["best_replica"], -np.inf, details)[1]
-    assert "probe" in told
-    assert ("costs no more than the exits and is simpler" in told) == named
+    text = verdict(analysis, results, results["best_replica"], -np.inf, details)[1]
+    assert "probe" in text
+    assert ("costs no more than the exits and is simpler" in text) == named
 
 
-def test_the_verdict_on_an_error_has_the_sign_of_the_numbers_beside_it():
-    """A baseline that is better: the difference of the errors that are shown is above zero."""
-    analysis = numbers_that_diverged(DIVERGED["a replica"])
-    config = from_mapping({"objective": "regression", "exits": (1, 2, 4), "seeds": (0, 1)})
-    exact = Baseline("constant", analysis.validation.labels[:1] + np.float32(0.01), 0.0)
-    training = TrainingRecord(900, baselines=[exact])
-    results = build_results(config.resolved(), analysis, training)
-    details = ReportDetails(baselines=[exact])
-    told = verdict(analysis, results, 0, np.inf, details)[1]
-    gap, low, high = map(float, re.findall(r"[+]?\d[.]\d+", told)[1:])
-    assert "the model is " in told
-    assert " worse (95% interval of the difference +" in told
+def test_verdict_and_shortfall_of_a_regression_show_positive_errors():
+    """The baseline is better here, so that every displayed difference is positive."""
+    analysis = regression_analysis(DIVERGED["a replica"])
+    baseline = Baseline("constant", analysis.validation.labels[:1] + np.float32(0.01), 0.0)
+    training = TrainingRecord(900, baselines=[baseline])
+    results = build_results(REGRESSION, analysis, training)
+    details = ReportDetails(baselines=[baseline])
+    comparison = verdict(analysis, results, 0, np.inf, details)[1]
+    gap, low, high = map(float, re.findall(r"[+]?\d[.]\d+", comparison)[1:])
+    assert "the model is " in comparison
+    assert " worse (95% interval of the difference +" in comparison
     assert low < gap < high
-    words = verdict(analysis, results, 0, 0.0, details)[0]
-    assert re.search(r"all layers give 0[.]\d+: this threshold is 0[.]\d+ worse [(]", words)
-    row = (1, -0.9, "constant", -0.01, -0.89, (-1.0, -0.8), 60)
-    line = describe_shortfall(Shortfall(*row), results)
+    text = verdict(analysis, results, 0, 0.0, details)[0]
+    assert re.search(r"all layers give 0[.]\d+: this threshold is 0[.]\d+ worse [(]", text)
+    shortfall = (1, -0.9, "constant", -0.01, -0.89, (-1.0, -0.8), 60)
+    line = describe_shortfall(Shortfall(*shortfall), results)
     assert line.startswith("exit 1 alone (mean absolute error 0.900) is above the baseline ")
     assert "(0.010) on the same 60 rows: difference 0.890, 95% interval 0.800 to 1.000; " in line
-    words = describe_training(results, 1)
-    assert "classes" not in words
-    words = describe_training(results | {"epochs": 0}, 1)
-    assert "its weights unchanged (epochs=0), and heads fitted on 900 rows" in words
-    words = describe_training(results | {"exits": [1]}, 1)
-    assert " with 1 layer, fine-tuned " in words
-    assert words.endswith(" A text gets its answer after layer 1.")
+    text = describe_training(results, 1)
+    assert "classes" not in text
+    text = describe_training(results | {"epochs": 0}, 1)
+    assert "its weights unchanged (epochs=0), and heads fitted on 900 rows" in text
+    text = describe_training(results | {"exits": [1]}, 1)
+    assert " with 1 layer, fine-tuned " in text
+    assert text.endswith(" A text gets its answer after layer 1.")
 
 
 @pytest.mark.parametrize(("gain", "tfidf"), [(0.0, -0.1), (0.0, 0.2), (0.2, 0.3)])
-def test_the_verdict_says_if_the_model_is_no_better_than_a_constant(gain, tfidf):
-    """The constant is the best baseline, it is not, and the model is better than it.
+def test_verdict_of_a_model_that_is_no_better_than_a_constant(gain, tfidf):
+    """Cases: the constant is the best baseline, another one is, or the model beats the constant.
 
     gain, tfidf: share of each number that the model and the other baseline predict.
     """
     rng = np.random.default_rng(0)
     labels, noise = rng.normal(size=(2, 300)).astype(np.float32)
-    about = {"objective": "regression", "metric": "neg_mean_absolute_error", "policy": "stability"}
     logits = np.tile((gain * labels + noise / 20)[:, None], (1, 3, 1, 1))
-    identity = RunIdentity(**about, replicas=((0, 1e-4),))
+    identity = RunIdentity(
+        objective="regression",
+        metric="neg_mean_absolute_error",
+        policy="stability",
+        replicas=((0, 1e-4),),
+    )
     rows = ExitOutputs(logits, labels, [1, 2, 4], identity=identity)
     baselines = [
         Baseline("constant", np.zeros_like(labels)[None], 0.0),
@@ -794,54 +820,60 @@ def test_the_verdict_says_if_the_model_is_no_better_than_a_constant(gain, tfidf)
     analysis = analyse(rows, rows)
     config = from_mapping({"objective": "regression", "exits": (1, 2, 4)}).resolved()
     results = build_results(config, analysis, TrainingRecord(900, baselines=baselines))
-    told = verdict(analysis, results, 0, np.inf, ReportDetails(baselines=baselines))[1]
-    other = "Nor is the model shown to be better than the baseline same prediction for all rows"
+    text = verdict(analysis, results, 0, np.inf, ReportDetails(baselines=baselines))[1]
     if tfidf < 0:
-        assert told.startswith("Same prediction for all rows, the best baseline, has mean absolute")
-        assert "no difference that these rows can show" in told
-        assert "It needs no encoder: on texts like these it is the cheaper choice" in told
-    assert (f"{other}, which has mean absolute error 0." in told) == (gain == 0 and tfidf > 0)
+        assert text.startswith("Same prediction for all rows, the best baseline, has mean absolute")
+        assert "no difference that these rows can show" in text
+        assert "It needs no encoder: on texts like these it is the cheaper choice" in text
+    constant_is_second = (
+        "Nor is the model shown to be better than the baseline same prediction for all rows, "
+        "which has mean absolute error 0."
+    )
+    assert (constant_is_second in text) == (gain == 0 and tfidf > 0)
 
 
-def test_equal_metrics_of_unlike_costs_are_one_point_of_the_front():
-    """Sums in another order differ in the last digit: that is not worth a layer."""
-    cost, score = np.asarray([[0.2, 0.4, 0.6]]), np.asarray([[0.5, 0.5 + 1e-16, 0.7]])
-    score[0, 1] = np.nextafter(0.5, 1)
+def test_pareto_front_ignores_rounding_differences_of_the_metric():
+    """Sums in another order differ in the last digit, which is not worth a layer."""
+    cost, score = np.asarray([[0.2, 0.4, 0.6]]), np.asarray([[0.5, np.nextafter(0.5, 1), 0.7]])
     curve = Curve(np.asarray([[0.1, 0.2, 0.3]]), cost, score, np.ones((1, 3, 2)))
     assert ParetoFront.from_curve(curve, 0).cost.tolist() == [0.2, 0.6]
 
 
-def test_the_page_of_a_regression_that_diverged_works(tmp_path, browser):
-    analysis = numbers_that_diverged(DIVERGED["all"])
-    config = from_mapping({"objective": "regression", "exits": (1, 2, 4), "seeds": (0, 1)})
-    results = build_results(config.resolved(), analysis, TrainingRecord(900))
+def test_page_of_a_diverged_regression_runs_without_errors(tmp_path, browser):
+    analysis = regression_analysis(DIVERGED["all"])
+    results = build_results(REGRESSION, analysis, TrainingRecord(900))
     write_report(tmp_path / "report.html", analysis, results, [], {})
     browser.get_log("browser")
     browser.get((tmp_path / "report.html").as_uri())
     assert browser.find_element("id", "at-score").text == "\N{EN DASH}"
-    assert ask_page(browser, "cost", 0.5) == "infeasible: the training of this replica diverged"
+    result = request_target(browser, "cost", 0.5)
+    assert result == "infeasible: the training of this replica diverged"
     assert browser.get_log("browser") == []
 
 
-def test_costs_beyond_the_grid_are_not_invented():
+def test_score_at_a_cost_beyond_the_grid_is_none():
     logits = np.zeros((1, 2, 3, 2))
     logits[..., 0] = 60
-    sure = ExitOutputs(logits, [0, 1, 1], [1, 2])
-    grid = simulate_curve(sure, "confidence_float32", thresholds=np.linspace(0.5, 1, 11))
+    confident = ExitOutputs(logits, [0, 1, 1], [1, 2])
+    grid = simulate_curve(confident, "confidence_float32", thresholds=np.linspace(0.5, 1, 11))
     assert scores_at_costs(grid, 0, [0.5, 1.0]) == {"0.5": 1 / 3, "1": None}
 
 
-def test_the_function_outlives_an_import_of_the_command():
+def test_importing_the_simulate_command_keeps_the_simulate_function():
     code = "import sweet_jax.simulate; from sweet_jax import simulate, ExitOutputs;"
     code += "print(simulate(ExitOutputs([[[[1.0, 0.0]]]], [0], [1])).score)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout == "[[1.]]\n"
+    completed = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert completed.stdout == "[[1.]]\n"
 
 
-def test_figures_of_very_few_rows_can_be_laid_out(tmp_path):
-    analysis = analyse(outputs("calibration", 6, 1), outputs("validation", 2, 1))
+def test_figures_of_very_few_rows_raise_no_warning(tmp_path):
+    analysis = analyse(
+        simulated_outputs("calibration", 6, 1), simulated_outputs("validation", 2, 1)
+    )
     config = from_mapping({"exits": (1, 2, 4)}).resolved()
     results = build_results(config, analysis, TrainingRecord(6))
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # matplotlib warns where it gives up
+        warnings.simplefilter("error")  # matplotlib warns if a layout fails
         write_figures(tmp_path, analysis, results, [], {"t": (1, 2, 4)})

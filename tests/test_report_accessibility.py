@@ -25,9 +25,9 @@ from sweet_jax.server.audit_page import render_page
 RUN_AXE = """
 const done = arguments[arguments.length - 1];
 document.querySelectorAll("details").forEach(d => { d.open = true; });
-axe.run().then(found => done([
-  found.passes.length,
-  found.violations.filter(v => ["serious", "critical"].includes(v.impact))
+axe.run().then(results => done([
+  results.passes.length,
+  results.violations.filter(v => ["serious", "critical"].includes(v.impact))
     .map(v => `${v.id}: ${v.nodes.map(n => n.html).slice(0, 3).join(" ")}`),
   document.documentElement.scrollWidth,
 ]));
@@ -46,7 +46,7 @@ def axe() -> str:
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory) -> list[Path]:
     """Reports of few and of many classes with all their parts, and a comparison."""
-    folder, found = tmp_path_factory.mktemp("pages"), []
+    folder, paths = tmp_path_factory.mktemp("pages"), []
     for classes in (3, 77):
         analysis = analysis_of(classes)
         baselines = [Baseline("tfidf", np.arange(240) % classes, 0.0)]
@@ -54,12 +54,12 @@ def pages(tmp_path_factory) -> list[Path]:
         results = build_results(config, analysis, TrainingRecord(100, baselines=baselines))
         times = ExitTimes(np.asarray([1.0, 2.0, 4.0]), 32, "a machine")
         details = ReportDetails("title", TEXTS, times, baselines, np.arange(240) % 2 == 0, 16)
-        found.append(folder / f"{classes}.html")
-        write_report(found[-1], analysis, results, [], {}, details)
-    found.append(folder / "compare.html")
-    write_comparison(found[-1], [("one", analysis), ("two", analysis)])
+        paths.append(folder / f"{classes}.html")
+        write_report(paths[-1], analysis, results, [], {}, details)
+    paths.append(folder / "compare.html")
+    write_comparison(paths[-1], [("one", analysis), ("two", analysis)])
     for alarm in (None, 1.0):
-        found.append(folder / f"audit-{alarm}.html")
+        paths.append(folder / f"audit-{alarm}.html")
         exits = [
             ExitAudit(1, 0.9, 0.5, 0.4, 0.3, 0.01),
             ExitAudit(4, 1.0, 0.5, 0.6, *[math.nan] * 2),
@@ -69,12 +69,12 @@ def pages(tmp_path_factory) -> list[Path]:
         audit = SimpleNamespace(
             running=True, summary=lambda s=summary: s, counts=lambda: AuditCounts(9000, 0, 3)
         )
-        found[-1].write_text(render_page(audit, "own"))
-    return found
+        paths[-1].write_text(render_page(audit, "own"))
+    return paths
 
 
 @pytest.mark.slow
-def test_axe_finds_no_serious_fault_and_nothing_is_wider_than_the_screen(pages, browser, axe):
+def test_pages_have_no_serious_axe_violations_and_fit_the_screen(pages, browser, axe):
     screen = {"deviceScaleFactor": 1, "mobile": False, "height": 900}
     try:
         for width, scheme in ((1200, "light"), (390, "dark")):
@@ -84,10 +84,10 @@ def test_axe_finds_no_serious_fault_and_nothing_is_wider_than_the_screen(pages, 
             for page in pages:
                 browser.get(page.as_uri())
                 browser.execute_script(axe)
-                passed, faults, wide = browser.execute_async_script(RUN_AXE)
-                assert passed > 15
-                assert faults == [], page.name
-                assert wide <= width, page.name
+                passes, violations, page_width = browser.execute_async_script(RUN_AXE)
+                assert passes > 15
+                assert violations == [], page.name
+                assert page_width <= width, page.name
     finally:
         browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
         browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})

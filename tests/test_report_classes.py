@@ -1,4 +1,4 @@
-"""The report's part on classes and single texts, against counting by hand."""
+"""Tests of the report's part on classes and single texts, compared with direct counts."""
 
 import dataclasses
 import json
@@ -15,7 +15,11 @@ from sweet_jax.report.page import write_report
 from sweet_jax.report.results import TrainingRecord, build_results
 
 
-def outputs(split: str, count: int, classes: int) -> ExitOutputs:
+CONFIG = from_mapping({"exits": (1, 2, 4)}).resolved()
+TEXTS = [(f"text {i} & <b>more</b>",) for i in range(240)]
+
+
+def simulated_outputs(split: str, count: int, classes: int) -> ExitOutputs:
     rng = np.random.default_rng(len(split) + classes)
     labels = rng.integers(0, classes, count)
     logits = rng.normal(size=(1, 3, count, classes)).astype(np.float32)
@@ -35,129 +39,132 @@ def outputs(split: str, count: int, classes: int) -> ExitOutputs:
     )
 
 
+def simulated_splits(classes: int) -> tuple[ExitOutputs, ExitOutputs]:
+    calibration = simulated_outputs("calibration", 150, classes)
+    return calibration, simulated_outputs("validation", 240, classes)
+
+
 def analysis_of(classes: int):
-    return analyse(outputs("calibration", 150, classes), outputs("validation", 240, classes))
-
-
-def test_long_names_of_classes_are_cut():
-    long = [
-        dataclasses.replace(
-            of, identity=dataclasses.replace(of.identity, classes=("a" * 1000, "b" * 1000, "c"))
-        )
-        for of in (outputs("calibration", 150, 3), outputs("validation", 240, 3))
-    ]
-    found = class_report(analyse(*long), 0, 0.5, TEXTS)
-    assert found["names"] == [letter * 60 + "…" for letter in "ab"] + ["c"]
-    assert len(json.dumps(found)) < 60_000
+    return analyse(*simulated_splits(classes))
 
 
 @pytest.fixture(scope="module")
-def few():
+def three_classes():
     return analysis_of(3)
 
 
-CONFIG = from_mapping({"exits": (1, 2, 4)}).resolved()
-TEXTS = [(f"text {i} & <b>more</b>",) for i in range(240)]
+def test_long_class_names_are_truncated():
+    splits = [
+        dataclasses.replace(
+            outputs,
+            identity=dataclasses.replace(outputs.identity, classes=("a" * 1000, "b" * 1000, "c")),
+        )
+        for outputs in simulated_splits(3)
+    ]
+    report = class_report(analyse(*splits), 0, 0.5, TEXTS)
+    assert report["names"] == [letter * 60 + "…" for letter in "ab"] + ["c"]
+    assert len(json.dumps(report)) < 60_000
 
 
-def taken(analysis) -> tuple[np.ndarray, np.ndarray]:
-    """The exits and predictions at the operating point, example by example."""
+def exits_and_predictions(analysis) -> tuple[np.ndarray, np.ndarray]:
+    """Computes exits and predictions at the operating point, row by row: int64 [N] each."""
     threshold = analysis.operating_point(0).threshold
     logits, temperatures = analysis.validation.logits[0], analysis.temperatures[0]
-    exits, given = [], []
+    exits, predictions = [], []
     for row in range(logits.shape[1]):
         for e in range(3):
             scaled = logits[e, row].astype(float) / temperatures[e]
             p = np.exp(scaled - scaled.max())
             if (p / p.sum()).max() >= threshold or e == 2:
                 exits.append(e)
-                given.append(int(p.argmax()))
+                predictions.append(int(p.argmax()))
                 break
-    return np.asarray(exits), np.asarray(given)
+    return np.asarray(exits), np.asarray(predictions)
 
 
-def test_the_calibration_of_a_class_is_that_of_its_own_probability(few):
-    scaled = few.validation.logits[0, -1].astype(float) / few.temperatures[0, -1]
+def test_class_calibration_is_computed_from_the_probability_of_the_class(three_classes):
+    validation = three_classes.validation
+    scaled = validation.logits[0, -1].astype(float) / three_classes.temperatures[0, -1]
     p = np.exp(scaled) / np.exp(scaled).sum(axis=-1, keepdims=True)  # [N, C]
-    found = class_report(few, 0, 0.5)["calibration"]
-    assert [row["error"] for row in found] == sorted((r["error"] for r in found), reverse=True)
-    for row in found:
-        c = few.validation.identity.classes.index(row["name"])
-        has = few.validation.labels[0] == c
+    calibration = class_report(three_classes, 0, 0.5)["calibration"]
+    errors = [row["error"] for row in calibration]
+    assert errors == sorted(errors, reverse=True)
+    for row in calibration:
+        c = validation.identity.classes.index(row["name"])
+        is_class = validation.labels[0] == c
         bins = np.minimum((10 * p[:, c]).astype(int), 9)
-        gaps = [abs((p[bins == b, c] - has[bins == b]).sum()) for b in range(10)]
-        assert row["error"] == pytest.approx(sum(gaps) / len(has))
-        assert (row["support"], row["share"]) == (has.sum(), has.mean())
+        gaps = [abs((p[bins == b, c] - is_class[bins == b]).sum()) for b in range(10)]
+        assert row["error"] == pytest.approx(sum(gaps) / len(is_class))
+        assert (row["support"], row["share"]) == (is_class.sum(), is_class.mean())
         assert row["probability"] == pytest.approx(p[:, c].mean())
-    quality = build_results(CONFIG, few, TrainingRecord(100))["replicas"][0]["quality"][-1]
-    mean = np.mean([row["error"] for row in found])
-    assert quality["after"]["classwise_ece"] == pytest.approx(mean)
+    results = build_results(CONFIG, three_classes, TrainingRecord(100))
+    last_exit = results["replicas"][0]["quality"][-1]
+    assert last_exit["after"]["classwise_ece"] == pytest.approx(np.mean(errors))
 
 
-def test_classes_that_are_never_predicted_are_named(few):
-    rows = few.validation.replica(0)
+def test_never_predicted_classes_are_named(three_classes):
+    rows = three_classes.validation.replica(0)
     assert describe_never_predicted(rows, np.full(240, 2)) is None
     logits = rows.logits.copy()
     logits[:, 1, :, 2] = -100  # at the second exit, class 2 is never predicted
-    without = dataclasses.replace(rows, logits=logits)
-    assert describe_never_predicted(without, np.full(240, 2)) is None
+    without_class_2 = dataclasses.replace(rows, logits=logits)
+    assert describe_never_predicted(without_class_2, np.full(240, 2)) is None
     count = (rows.labels[0] == 2).sum()
-    words = describe_never_predicted(without, np.full(240, 1))
-    assert f"have it: '<class 2>' (in {count}); more training rows" in words
+    text = describe_never_predicted(without_class_2, np.full(240, 1))
+    assert f"have it: '<class 2>' (in {count}); more training rows" in text
 
 
-def test_precision_recall_and_cost_are_those_of_the_operating_point(few):
-    exits, given = taken(few)
-    labels, cost = few.validation.labels[0], np.array([0.25, 0.5, 1.0])
+def test_class_metrics_equal_counts_at_the_operating_point(three_classes):
+    exits, predictions = exits_and_predictions(three_classes)
+    labels, cost = three_classes.validation.labels[0], np.array([0.25, 0.5, 1.0])
     assert 0 < exits.mean() < 2
-    report = class_report(few, 0, few.operating_point(0).threshold)
-    found = {row["name"]: row for row in report["classes"]}
+    report = class_report(three_classes, 0, three_classes.operating_point(0).threshold)
+    rows = {row["name"]: row for row in report["classes"]}
     for c in range(3):
-        row, right = found[f"<class {c}>"], ((given == c) & (labels == c)).sum()
+        row, correct = rows[f"<class {c}>"], ((predictions == c) & (labels == c)).sum()
         assert row["support"] == (labels == c).sum()
-        assert row["recall"] == pytest.approx(right / (labels == c).sum())
-        assert row["precision"] == pytest.approx(right / (given == c).sum())
+        assert row["recall"] == pytest.approx(correct / (labels == c).sum())
+        assert row["precision"] == pytest.approx(correct / (predictions == c).sum())
         assert np.dot(row["shares"], cost) == pytest.approx(cost[exits[labels == c]].mean())
-    matrix, last = np.asarray(report["matrices"])
+    matrix, last_matrix = np.asarray(report["matrices"])
     np.testing.assert_array_equal(matrix.sum(axis=1), np.bincount(labels))
     np.testing.assert_array_equal(
-        np.diag(matrix), [((given == c) & (labels == c)).sum() for c in range(3)]
+        np.diag(matrix), [((predictions == c) & (labels == c)).sum() for c in range(3)]
     )
-    answers = few.validation.predictions[0, -1]
-    assert last[0, 1] == ((labels == 0) & (answers == 1)).sum()
-    recall = ((answers == 2) & (labels == 2)).sum() / (labels == 2).sum()
-    assert found["<class 2>"]["last"]["recall"] == pytest.approx(recall)
+    last_predictions = three_classes.validation.predictions[0, -1]
+    assert last_matrix[0, 1] == ((labels == 0) & (last_predictions == 1)).sum()
+    recall = ((last_predictions == 2) & (labels == 2)).sum() / (labels == 2).sum()
+    assert rows["<class 2>"]["last"]["recall"] == pytest.approx(recall)
 
 
-def test_mistakes_are_the_most_confident_first(few):
-    exits, given = taken(few)
-    labels, each = few.validation.labels[0], few.validation.predictions[0]
-    found = class_report(few, 0, few.operating_point(0).threshold, TEXTS)
-    assert len(found["mistakes"]) == min(50, (given != labels).sum())
-    probabilities = [row["probability"] for row in found["mistakes"]]
+def test_mistakes_are_sorted_by_confidence_and_suspects_by_all_exits(three_classes):
+    exits, predictions = exits_and_predictions(three_classes)
+    validation = three_classes.validation
+    labels, exit_predictions = validation.labels[0], validation.predictions[0]
+    report = class_report(three_classes, 0, three_classes.operating_point(0).threshold, TEXTS)
+    assert len(report["mistakes"]) == min(50, (predictions != labels).sum())
+    probabilities = [row["probability"] for row in report["mistakes"]]
     assert probabilities == sorted(probabilities, reverse=True)
-    number = {text: row for row, (text,) in enumerate(TEXTS)}
-    for row in found["mistakes"]:
-        at = number[row["text"]]
-        assert row["label"] == f"<class {labels[at]}>"
-        assert row["prediction"] == f"<class {given[at]}>"
-        assert row["layer"] == (1, 2, 4)[exits[at]]
-    always = {
-        at for at in range(240) if (each[:, at] == given[at]).all() and given[at] != labels[at]
-    }
-    assert {number[row["text"]] for row in found["suspects"]} <= always
-    assert len(found["suspects"]) == min(50, len(always))
+    row_of_text = {text: row for row, (text,) in enumerate(TEXTS)}
+    for row in report["mistakes"]:
+        n = row_of_text[row["text"]]
+        assert row["label"] == f"<class {labels[n]}>"
+        assert row["prediction"] == f"<class {predictions[n]}>"
+        assert row["layer"] == (1, 2, 4)[exits[n]]
+    unanimous = (exit_predictions == predictions).all(axis=0)
+    always_wrong = set(np.flatnonzero(unanimous & (predictions != labels)).tolist())
+    assert {row_of_text[row["text"]] for row in report["suspects"]} <= always_wrong
+    assert len(report["suspects"]) == min(50, len(always_wrong))
 
 
 @pytest.mark.parametrize("classes", [3, 77])
-def test_the_tables_of_classes_follow_the_slider(tmp_path, browser, classes):
+def test_class_tables_of_the_page_follow_the_slider(tmp_path, browser, classes):
     analysis = analysis_of(classes)
-    config = from_mapping({"exits": (1, 2, 4)}).resolved()
-    results = build_results(config, analysis, TrainingRecord(100))
+    results = build_results(CONFIG, analysis, TrainingRecord(100))
     write_report(tmp_path / "report.html", analysis, results, [], {})
     assert (tmp_path / "report.html").stat().st_size < 1_500_000
     browser.get((tmp_path / "report.html").as_uri())
-    labels, each = analysis.validation.labels[0], analysis.validation.predictions[0]
+    labels, exit_predictions = analysis.validation.labels[0], analysis.validation.predictions[0]
     for position in (5, 200):
         threshold = browser.execute_script(
             "const s = document.getElementById('threshold'); s.value = arguments[0];"
@@ -166,27 +173,27 @@ def test_the_tables_of_classes_follow_the_slider(tmp_path, browser, classes):
             position,
         )
         exits = analysis.exits_taken(0, float(threshold))
-        given = each[exits, np.arange(len(exits))]
+        predictions = exit_predictions[exits, np.arange(len(exits))]
         rows = browser.execute_script(
             "return [...document.querySelectorAll('tr[data-class]')].map("
             "r => [r.dataset.class, ...[...r.cells].map(c => c.textContent)])"
         )
         assert len(rows) == classes
         for number, _, support, precision, recall, f1, *rest in rows:
-            own, named = labels == int(number), given == int(number)
-            right = (own & named).sum()
-            assert int(support) == own.sum()
-            values = right / max(1, named.sum()), right / max(1, own.sum())
-            values += (2 * right / max(1, named.sum() + own.sum()),)
+            of_class, predicted = labels == int(number), predictions == int(number)
+            correct = (of_class & predicted).sum()
+            assert int(support) == of_class.sum()
+            values = correct / max(1, predicted.sum()), correct / max(1, of_class.sum())
+            values += (2 * correct / max(1, predicted.sum() + of_class.sum()),)
             assert [float(v) for v in (precision, recall, f1)] == pytest.approx(values, abs=6e-4)
-            if own.any():
-                shares = [100 * (exits[own] == e).mean() for e in range(3)]
-                found = [float(text.rstrip("%")) for text in rest[3:]]
-                assert found == pytest.approx(shares, abs=0.51)
+            if of_class.any():
+                shares = [100 * (exits[of_class] == e).mean() for e in range(3)]
+                shown_shares = [float(text.rstrip("%")) for text in rest[3:]]
+                assert shown_shares == pytest.approx(shares, abs=0.51)
         counts = browser.execute_script(
             "return [...document.querySelectorAll('#matrix tbody td')].map(c => +c.textContent)"
         )
-        expected = [((labels == i) & (given == j)).sum() for i in range(3) for j in range(3)]
+        expected = [((labels == i) & (predictions == j)).sum() for i in range(3) for j in range(3)]
         assert counts == (expected if classes == 3 else [])
         pairs = browser.execute_script(
             "return [...document.querySelectorAll('#pairs tr[data-cell]')].map("
@@ -194,47 +201,46 @@ def test_the_tables_of_classes_follow_the_slider(tmp_path, browser, classes):
         )
         assert len(pairs) == (0 if classes == 3 else 20)
         for cell, count in pairs:
-            assert count == ((labels == cell // classes) & (given == cell % classes)).sum()
+            assert count == ((labels == cell // classes) & (predictions == cell % classes)).sum()
 
 
-def test_texts_that_were_cut_are_counted_with_their_metric(few, tmp_path):
-    config = from_mapping({"exits": (1, 2, 4)}).resolved()
-    results = build_results(config, few, TrainingRecord(100))
-    cut = np.arange(240) % 4 == 0
-    _, given = taken(few)
-    right = given == few.validation.labels[0]
-    details = ReportDetails(cut=cut, max_length=16)
-    write_report(tmp_path / "report.html", few, results, [], {}, details)
+def test_truncated_texts_are_counted_with_their_metric(three_classes, tmp_path):
+    results = build_results(CONFIG, three_classes, TrainingRecord(100))
+    truncated = np.arange(240) % 4 == 0
+    _, predictions = exits_and_predictions(three_classes)
+    correct = predictions == three_classes.validation.labels[0]
+    details = ReportDetails(cut=truncated, max_length=16)
+    write_report(tmp_path / "report.html", three_classes, results, [], {}, details)
     page = " ".join((tmp_path / "report.html").read_text().split())
     assert "60 of 240 validation texts (25%) are longer than 16 tokens" in page
-    assert f"accuracy is {right[cut].mean():.4f} [" in page
-    assert f"on the 60 truncated texts and {right[~cut].mean():.4f} [" in page
+    assert f"accuracy is {correct[truncated].mean():.4f} [" in page
+    assert f"on the 60 truncated texts and {correct[~truncated].mean():.4f} [" in page
 
 
-def test_many_classes_are_listed_by_their_confusions():
-    many = analysis_of(77)
-    found = class_report(many, 0, many.operating_point(0).threshold)
-    assert found["matrices"] is None
-    assert len(found["classes"]) == 77
-    counts = [pair["count"] for pair in found["pairs"]]
+def test_many_classes_have_a_list_of_confusions_instead_of_a_matrix():
+    analysis = analysis_of(77)
+    report = class_report(analysis, 0, analysis.operating_point(0).threshold)
+    assert report["matrices"] is None
+    assert len(report["classes"]) == 77
+    counts = [pair["count"] for pair in report["pairs"]]
     assert counts == sorted(counts, reverse=True)
-    assert all(pair["label"] != pair["prediction"] for pair in found["pairs"])
-    assert [row["f1"] for row in found["classes"]] == sorted(r["f1"] for r in found["classes"])
+    assert all(pair["label"] != pair["prediction"] for pair in report["pairs"])
+    assert [row["f1"] for row in report["classes"]] == sorted(r["f1"] for r in report["classes"])
 
 
-def test_labels_have_no_heading_of_confusions(few, tmp_path):
-    """Each of several labels is right or wrong by itself: there is no matrix to show."""
-    about = {"objective": "multi_label", "metric": "micro_f1", "policy": "min_confidence"}
-    several = [
+def test_multi_label_report_has_no_confusion_matrix(three_classes, tmp_path):
+    """Each label is right or wrong by itself, so that labels are not confused with each other."""
+    identity = {"objective": "multi_label", "metric": "micro_f1", "policy": "min_confidence"}
+    splits = [
         ExitOutputs(
             rows.logits,
             np.eye(3, dtype=bool)[rows.labels[0]],
             rows.layers,
-            identity=dataclasses.replace(rows.identity, **about),
+            identity=dataclasses.replace(rows.identity, **identity),
         )
-        for rows in (few.calibration, few.validation)
+        for rows in (three_classes.calibration, three_classes.validation)
     ]
-    for analysis, headings in ((analyse(*several), 0), (few, 1)):
+    for analysis, headings in ((analyse(*splits), 0), (three_classes, 1)):
         results = build_results(CONFIG, analysis, TrainingRecord(100))
         write_report(tmp_path / "report.html", analysis, results, [], {})
         page = (tmp_path / "report.html").read_text()
@@ -243,10 +249,9 @@ def test_labels_have_no_heading_of_confusions(few, tmp_path):
 
 
 @pytest.mark.parametrize("classes", [3, 77])
-def test_the_page_escapes_texts_and_holds_none_where_not_asked(tmp_path, classes):
+def test_page_escapes_texts_and_contains_none_unless_given(tmp_path, classes):
     analysis = analysis_of(classes)
-    config = from_mapping({"exits": (1, 2, 4)}).resolved()
-    results = build_results(config, analysis, TrainingRecord(100))
+    results = build_results(CONFIG, analysis, TrainingRecord(100))
     pages = []
     for texts in (TEXTS, None):
         details = ReportDetails(texts=texts)
@@ -259,8 +264,9 @@ def test_the_page_escapes_texts_and_holds_none_where_not_asked(tmp_path, classes
     assert "confident mistakes" not in pages[1]
 
 
-def test_outputs_without_names_of_classes_have_no_such_part(few):
-    bare = dataclasses.replace(
-        few.validation, identity=dataclasses.replace(few.validation.identity, classes=())
+def test_class_report_is_none_without_class_names(three_classes):
+    unnamed = dataclasses.replace(
+        three_classes.validation,
+        identity=dataclasses.replace(three_classes.validation.identity, classes=()),
     )
-    assert class_report(analyse(few.calibration, bare), 0, np.inf) is None
+    assert class_report(analyse(three_classes.calibration, unnamed), 0, np.inf) is None

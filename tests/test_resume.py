@@ -1,4 +1,4 @@
-"""Killed and stopped runs of the real command, gone on with: bitwise what was never interrupted."""
+"""Tests that runs which are killed and terminated resume with bitwise equal results."""
 
 import json
 import os
@@ -13,7 +13,7 @@ import pytest
 import safetensors.numpy
 
 
-def recipe(folder: Path, options: dict) -> Path:
+def write_config(folder: Path, options: dict) -> Path:
     path = folder / "recipe.py"
     path.write_text(f"def get_config():\n    return {options!r}\n")
     return path
@@ -28,14 +28,16 @@ def start(config: Path, workdir: Path, devices: int, every: int) -> subprocess.P
     )
 
 
-def finish(config: Path, workdir: Path, devices: int, every: int = 100) -> str:
+def run_to_end(config: Path, workdir: Path, devices: int, every: int = 100) -> str:
     process = start(config, workdir, devices, every)
-    printed, errors = process.communicate(timeout=300)
+    stdout, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors
-    return printed
+    return stdout
 
 
-def interrupt(process: subprocess.Popen, workdir: Path, after: int, how: int) -> tuple[int, str]:
+def signal_after_checkpoint(
+    process: subprocess.Popen, workdir: Path, after: int, signal_number: int
+) -> tuple[int, str]:
     """Sends a signal once the checkpoint of step `after` or a later one is there."""
     deadline = time.monotonic() + 300
     folder = workdir / "checkpoints" / "exits_1_2_3"
@@ -43,12 +45,12 @@ def interrupt(process: subprocess.Popen, workdir: Path, after: int, how: int) ->
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    process.send_signal(how)
+    process.send_signal(signal_number)
     _, errors = process.communicate(timeout=300)
     return process.returncode, errors
 
 
-def numbers(workdir: Path) -> dict:
+def results_without_timing(workdir: Path) -> dict:
     results = json.loads((workdir / "results.json").read_text())
     return {key: value for key, value in results.items() if key != "timing"}
 
@@ -95,27 +97,34 @@ def numbers(workdir: Path) -> dict:
         ),
     ],
 )
-def test_killed_then_terminated_then_finished(options, with_dropout, tmp_path, devices, changes):
-    if "distillation_weight" in changes:  # of the rows that are not drawn
+def test_killed_and_terminated_run_equals_an_uninterrupted_one_bitwise(
+    options, with_dropout, tmp_path, devices, changes
+):
+    if "distillation_weight" in changes:
+        # The unlabeled rows are those of the file that are not drawn.
         changes = changes | {"unlabeled_files": options["data_files"]}
-    config = recipe(tmp_path, options | with_dropout | changes)
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    finish(config, whole, devices)
+    config = write_config(tmp_path, options | with_dropout | changes)
+    uninterrupted, interrupted = tmp_path / "whole", tmp_path / "broken"
+    run_to_end(config, uninterrupted, devices)
     rng = random.Random(devices)
-    first = rng.randrange(1, 9)
-    killed = start(config, broken, devices, every=2)
-    status, _ = interrupt(killed, broken, first, signal.SIGKILL)
+    first_step = rng.randrange(1, 9)
+    killed = start(config, interrupted, devices, every=2)
+    status, _ = signal_after_checkpoint(killed, interrupted, first_step, signal.SIGKILL)
     assert status == -signal.SIGKILL
-    stopped = start(config, broken, devices, every=2)
-    status, errors = interrupt(stopped, broken, first + rng.randrange(3, 9), signal.SIGTERM)
+    stopped = start(config, interrupted, devices, every=2)
+    status, errors = signal_after_checkpoint(
+        stopped, interrupted, first_step + rng.randrange(3, 9), signal.SIGTERM
+    )
     assert status == 1
     assert "stopped by SIGTERM after step" in errors
-    assert not (broken / "results.json").exists()
-    assert "resuming at step" in finish(config, broken, devices)
-    assert numbers(whole) == numbers(broken)
-    assert (whole / "metrics.jsonl").read_bytes() == (broken / "metrics.jsonl").read_bytes()
+    assert not (interrupted / "results.json").exists()
+    assert "resuming at step" in run_to_end(config, interrupted, devices)
+    assert results_without_timing(uninterrupted) == results_without_timing(interrupted)
+    metrics = [(run / "metrics.jsonl").read_bytes() for run in (uninterrupted, interrupted)]
+    assert metrics[0] == metrics[1]
     tensors = [
-        safetensors.numpy.load_file(run / "model" / "model.safetensors") for run in (whole, broken)
+        safetensors.numpy.load_file(run / "model" / "model.safetensors")
+        for run in (uninterrupted, interrupted)
     ]
     assert tensors[0].keys() == tensors[1].keys()
     for name, value in tensors[0].items():
