@@ -313,7 +313,7 @@ def test_full_model_baseline_searches_its_own_learning_rate(recipe, tmp_path, on
 
 @pytest.mark.slow
 def test_tuning_rows_are_evaluated_without_dropout(recipe, with_dropout, tmp_path, one_device):
-    """Also with preset=reference, which fits temperatures on outputs with dropout."""
+    """Even with preset=reference, which calibrates with dropout on validation rows."""
     config = recipe | with_dropout | {"epochs": 1, "preset": "reference", "checkpoint_every": 5}
     outcome = train_and_evaluate(prepare(from_mapping(config)), tmp_path)
     job = prepare(from_mapping(config | {"calibration": "validation"}))
