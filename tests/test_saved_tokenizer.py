@@ -177,9 +177,8 @@ def test_byte_pair_tokenizer_keeps_normalizer_and_template(tmp_path, normalizer,
     )
     config = {"tokenizer_class": "RobertaTokenizer", "add_prefix_space": add_prefix_space}
     checkpoint, expected = write_tokenizer(tmp_path, *steps, "roberta", **config)
-    expected.pre_tokenizer = pre_tokenizers.ByteLevel(
-        add_prefix_space=add_prefix_space
-    )  # as transformers 4
+    # As in transformers 4.
+    expected.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=add_prefix_space)
     assert_same_ids(expected, checkpoint, tmp_path / "saved")
 
 
@@ -188,7 +187,7 @@ def test_do_lower_case_follows_class_default_or_tokenizer_config(tmp_path, confi
     opposite = normalizers.BertNormalizer(lowercase=not lowercase)
     steps = (word_piece_model(), opposite, pre_tokenizers.BertPreTokenizer())
     checkpoint, expected = write_tokenizer(tmp_path, *steps, "bert", **config)
-    expected.normalizer = normalizers.BertNormalizer(lowercase=lowercase)  # as transformers 4
+    expected.normalizer = normalizers.BertNormalizer(lowercase=lowercase)  # as in transformers 4
     assert_same_ids(expected, checkpoint, tmp_path / "saved")
 
 

@@ -57,8 +57,8 @@ def train_on_devices(options, workdir, devices: int, monkeypatch, **changes):
     ("kind", "devices", "changes"),
     [
         ("bert", 2, {}),
-        # Two groups of two devices, among which the rows or the replicas of each are divided. The
-        # loss weights rise, because Adam's moments would cancel constant ones.
+        # Two groups of two devices, which divide the rows or the replicas. The loss weights rise,
+        # because Adam's moments cancel constant ones.
         pytest.param(
             *("bert", 4, {"exits": (2, 4), "pooling": "mean", "loss_weights": "shallow_deep"}),
             marks=pytest.mark.slow,

@@ -102,7 +102,9 @@ class GatedEngine:
 def texts(fine_tuned) -> list[str]:
     values = from_mapping(fine_tuned[1])
     every = [text for (text,) in load_dataset(values).validation.texts]
-    return sorted(every, key=lambda text: len(text.split()))[:16]  # fewer lengths to compile for
+    return sorted(every, key=lambda text: len(text.split()))[
+        :16
+    ]  # short ones, which need fewer programs
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +130,7 @@ def assert_answers(response: dict, expected) -> None:
 
 
 def test_concurrent_clients_get_answers_to_their_own_texts_and_targets(server, classifier, texts):
-    """Their texts share batches."""
+    """The requests of all clients share batches."""
     targets = [{}, {"threshold": 0.55}, {"policy": "patience", "threshold": 2}, {"threshold": 2}]
     expected = {}
     for number, target in enumerate(targets):
@@ -244,7 +246,7 @@ def test_invalid_request_is_refused_and_server_continues(server, request_body, s
 
 
 def test_oversized_body_is_answered_after_it_is_received(server):
-    """An answer before that would be lost: the connection would close under a client that sends."""
+    """An earlier answer would be lost, because the connection closes while the client sends."""
     connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
     connection.putrequest("POST", "/predict")
     connection.putheader("Content-Length", str(16 * 20000))

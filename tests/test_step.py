@@ -88,7 +88,7 @@ def test_training_steps_equal_adamw_with_linear_decay():
 
 @pytest.mark.parametrize("kind", ["bert", "albert", "mpnet"])
 def test_layer_decay_scales_the_learning_rate_of_each_layer(kind):
-    """From the last layer down; heads have a factor of their own."""
+    """The last layer has the factor 1, and the heads have a factor of their own."""
     graphdef, params = build(kind=kind)
     zeros = jax.tree.map(jnp.zeros_like, params)
     adam = ADAM.init(params)

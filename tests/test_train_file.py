@@ -60,7 +60,7 @@ def test_train_command_needs_only_a_file(trained_run, rows):
     folder, stdout = trained_run
     config = json.loads((folder / "config.json").read_text())
     assert config["data_files"] == str(rows)
-    assert config["text_columns"] == ""  # the only one beside the label
+    assert config["text_columns"] == ""  # the default: the only other column
     assert config["method"] == OWN_DATA["method"]
     assert (folder / "report.html").exists()
     assert "recommended operating point: accuracy " in stdout

@@ -421,7 +421,7 @@ def test_values_incompatible_with_zero_epochs_or_refit_are_refused(recipe):
         ("cpu", 4, (0,), 40, False),
         ("gpu", 1, (0,), 40, True),  # shares its program with the training that follows
         ("gpu", 1, (0, 1), 40, False),
-        ("gpu", 1, (0,), 10_000, False),  # a second program pays
+        ("gpu", 1, (0,), 10_000, False),  # long enough to repay compiling a second program
     ],
 )
 def test_learning_rates_share_a_program_when_that_is_faster(
