@@ -101,10 +101,9 @@ class GatedEngine:
 @pytest.fixture(scope="module")
 def texts(fine_tuned) -> list[str]:
     values = from_mapping(fine_tuned[1])
-    every = [text for (text,) in load_dataset(values).validation.texts]
-    return sorted(every, key=lambda text: len(text.split()))[
-        :16
-    ]  # short ones, which need fewer programs
+    texts = [text for (text,) in load_dataset(values).validation.texts]
+    # Short ones, which need fewer programs.
+    return sorted(texts, key=lambda text: len(text.split()))[:16]
 
 
 @pytest.fixture(scope="module")
