@@ -1,11 +1,11 @@
-"""Feeds mutated files to the readers, which must read them or refuse them in one line.
+"""Feeds mutated files to the readers, which must read each or refuse it in one line.
 
   python tests/fuzz_inputs.py --count=10000
 
-Each case damages one file at random (bytes changed, cut out, doubled, or odd ones put in) and reads
-it as training, prediction or loading a model does. Prints for each kind of file how many were read
-and refused, the longest time and the largest memory; the exit status is 1 if any case ended in
-another error, in an error of several lines, took more than 20 s, or 2 GB.
+Each case mutates one file at random (changes, removes, repeats or inserts bytes) and reads it as
+training, prediction or loading a model does. Prints for each kind of file how many were read and
+refused and the longest time, and the largest memory. The exit status is 1 if a case ends in another
+error or in one of several lines, or takes more than 20 s, or if memory exceeds 2 GiB.
 """
 
 import argparse
@@ -53,7 +53,7 @@ ODD = [
 
 
 class Case(NamedTuple):
-    """A kind of file: the bytes of a sound one, its name, and what reads it."""
+    """A kind of file: its name, the bytes of a valid one, and the function that reads it."""
 
     name: str
     sound: bytes
@@ -61,7 +61,7 @@ class Case(NamedTuple):
 
 
 class TooSlowError(BaseException):
-    """Raised in a case that takes too long; no reader takes it for one of its own errors."""
+    """Raised in a case that takes too long; a BaseException, so that no reader catches it."""
 
 
 class Outcome(NamedTuple):
@@ -72,25 +72,25 @@ class Outcome(NamedTuple):
     why: str = ""
 
 
-def mutate(sound: bytes, rng: random.Random) -> bytes:
-    """Returns the bytes with one to four damages."""
-    data = bytearray(sound)
+def mutate(original: bytes, rng: random.Random) -> bytes:
+    """Returns the bytes after one to four random mutations."""
+    data = bytearray(original)
     for _ in range(rng.randint(1, 4)):
-        at, size = rng.randrange(len(data) + 1), rng.choice((1, 2, 8, 64, 512))
+        start, size = rng.randrange(len(data) + 1), rng.choice((1, 2, 8, 64, 512))
         match rng.randrange(5):
             case 0:
-                data[at : at + size] = rng.randbytes(min(size, len(data) - at))
+                data[start : start + size] = rng.randbytes(min(size, len(data) - start))
             case 1:
-                del data[at : at + size]
+                del data[start : start + size]
             case 2:
-                data[at:at] = data[at : at + size]
+                data[start:start] = data[start : start + size]
             case 3:
-                data[at:at] = rng.choice(ODD)
+                data[start:start] = rng.choice(ODD)
             case _ if rng.random() < 0.2:
-                del data[at:]
+                del data[start:]
             case _:
                 if data:
-                    data[at % len(data)] ^= 1 << rng.randrange(8)
+                    data[start % len(data)] ^= 1 << rng.randrange(8)
     return bytes(data)
 
 
@@ -105,20 +105,20 @@ def read_table(path: Path) -> None:
 
 
 def read_checkpoint(path: Path) -> None:
-    """Reads the checkpoint in whose folder a file lies, and tokenizes with it."""
+    """Reads the checkpoint in the folder of a file, and tokenizes with it."""
     checkpoint = open_checkpoint(str(path.parent))
     _ = checkpoint.weights
     encode(load_tokenizer(checkpoint), [("word1 word2",)], 16)
 
 
 def cases(folder: Path) -> list[Case]:
-    """Returns a case of every kind of file; `folder` gets the sound files."""
+    """Returns a case of every kind of file; writes valid files in the folder."""
     rows = [{"text": text, "label": label} for text, label in ROWS]
     quoted = [f'"{text.replace(chr(34), chr(34) * 2)}",{label}' for text, label in ROWS]
     table = "\n".join(["text,label", *quoted, ""]).encode()
     lines = "".join(json.dumps(row) + "\n" for row in rows)
     pq.write_table(pa.Table.from_pylist(rows), folder / "rows.parquet")
-    found = [
+    all_cases = [
         Case("rows.csv", table, read_table),
         Case("rows.jsonl", lines.encode(), read_table),
         Case("rows.json", json.dumps(rows, indent=1).encode(), read_table),
@@ -131,41 +131,41 @@ def cases(folder: Path) -> list[Case]:
     ]
     checkpoint = write_checkpoint(folder / "checkpoint")
     for name in ("model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json"):
-        found.append(Case(name, (checkpoint / name).read_bytes(), read_checkpoint))
-    return found
+        all_cases.append(Case(name, (checkpoint / name).read_bytes(), read_checkpoint))
+    return all_cases
 
 
 def run_case(case: Case, folder: Path, data: bytes) -> Outcome:
     """Reads mutated bytes in place of a case's file."""
     path = folder / "checkpoint" / case.name if case.read is read_checkpoint else folder / case.name
     path.write_bytes(data)
-    began, result, why = time.monotonic(), "read", ""
+    began, result, failure = time.monotonic(), "read", ""
     signal.alarm(SECONDS)
     try:
         case.read(path)
     except UserError as error:
         result = "refused"
         if "\n" in str(error) or not str(error):
-            result, why = "failed", f"not one line: {str(error)!r:.300}"
+            result, failure = "failed", f"not one line: {str(error)!r:.300}"
     except BaseException:
-        result, why = "failed", traceback.format_exc(limit=-4)
+        result, failure = "failed", traceback.format_exc(limit=-4)
     finally:
         signal.alarm(0)
         path.write_bytes(case.sound)
-    return Outcome(result, time.monotonic() - began, why)
+    return Outcome(result, time.monotonic() - began, failure)
 
 
 def largest_memory() -> int:
     """Returns the largest resident memory of this process so far, in MiB.
 
-    From /proc where there is one: ru_maxrss keeps, across exec, what the process that started this
-    one had, so that it would measure the tests' worker.
+    Reads /proc if it exists, because ru_maxrss keeps the peak of the parent process across exec,
+    here that of a pytest worker.
     """
     status = Path("/proc/self/status")
     if status.exists():
-        found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text())
-        if found:
-            return int(found[1]) // 1024
+        match = re.search(r"VmHWM:\s+(\d+) kB", status.read_text())
+        if match:
+            return int(match[1]) // 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
 
 
@@ -184,18 +184,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.disable()
     signal.signal(signal.SIGALRM, too_slow)
     folder = Path(tempfile.mkdtemp())
-    kinds = [c for c in cases(folder) if options.only in (None, c.name)]
-    counts: dict[str, collections.Counter[str]] = {c.name: collections.Counter() for c in kinds}
+    selected = [c for c in cases(folder) if options.only in (None, c.name)]
+    counts: dict[str, collections.Counter[str]] = {c.name: collections.Counter() for c in selected}
     longest = dict.fromkeys(counts, 0.0)
-    sound = True
+    all_passed = True
     for number in range(options.count):
-        case = kinds[number % len(kinds)]
+        case = selected[number % len(selected)]
         data = mutate(case.sound, random.Random(f"{options.seed} {number}"))
         outcome = run_case(case, folder, data)
         counts[case.name][outcome.result] += 1
         longest[case.name] = max(longest[case.name], outcome.seconds)
         if outcome.result == "failed":
-            sound = False
+            all_passed = False
             print(f"case {number}, {case.name}: {outcome.why}", flush=True)
             if options.keep:
                 options.keep.mkdir(parents=True, exist_ok=True)
@@ -203,11 +203,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     shutil.rmtree(folder)
     peak = largest_memory()
     print("| file | read | refused | failed | longest, s |\n| --- | --- | --- | --- | --- |")
-    for name, found in counts.items():
-        shown = " | ".join(str(found[result]) for result in ("read", "refused", "failed"))
-        print(f"| {name} | {shown} | {longest[name]:.2f} |")
+    for name, results in counts.items():
+        columns = " | ".join(str(results[result]) for result in ("read", "refused", "failed"))
+        print(f"| {name} | {columns} | {longest[name]:.2f} |")
     print(f"largest memory of the process: {peak} MiB")
-    return 0 if sound and peak < MEBIBYTES else 1
+    return 0 if all_passed and peak < MEBIBYTES else 1
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Training from Python: the same run as the command's, and what it holds afterwards."""
+"""Tests of training from Python: sweet_jax.train, and the Run that it returns."""
 
 import csv
 import dataclasses
@@ -34,72 +34,76 @@ def table(rows) -> pd.DataFrame:
 
 
 @pytest.fixture(scope="module")
-def quick(tiny_run) -> dict:
-    """Keys of a run that takes seconds, without those of the data."""
-    ours = {k: v for k, v in tiny_run.items() if k not in ("data_files", "text_columns", "task")}
+def quick_config(tiny_run) -> dict:
+    """Config values of a run that takes seconds, without those of the data."""
+    values = {k: v for k, v in tiny_run.items() if k not in ("data_files", "text_columns", "task")}
     recipe = {"method": "sweet", "head_init": "random", "head_refit": False, "epochs": 1}
-    return ours | recipe | {"group_by_length": False, "rate_search": "full"}
+    return values | recipe | {"group_by_length": False, "rate_search": "full"}
 
 
 @pytest.fixture(scope="module")
-def trained(table, quick, tmp_path_factory) -> Run:
+def trained_run(table, quick_config, tmp_path_factory) -> Run:
     folder = tmp_path_factory.mktemp("trained")
-    return sweet_jax.train(table, text="text", label="label", workdir=folder / "run", **quick)
+    return sweet_jax.train(
+        table, text="text", label="label", workdir=folder / "run", **quick_config
+    )
 
 
-def test_a_table_gives_bitwise_the_model_of_the_command(trained, quick, rows, tmp_path):
-    command = {**OWN_DATA, **quick, "data_files": str(rows)}
-    run(from_mapping(command | {"text_columns": "text"}), tmp_path / "command")
+def test_training_on_dataframe_gives_bitwise_same_model_as_command(
+    trained_run, quick_config, rows, tmp_path
+):
+    values = {**OWN_DATA, **quick_config, "data_files": str(rows)}
+    run(from_mapping(values | {"text_columns": "text"}), tmp_path / "command")
     for name in ("model/model.safetensors", "exit_outputs/validation.npz"):
-        ours, theirs = (d / name for d in (trained.directory, tmp_path / "command"))
-        assert ours.read_bytes() == theirs.read_bytes()
+        expected = (tmp_path / "command" / name).read_bytes()
+        assert (trained_run.directory / name).read_bytes() == expected
 
 
-def test_a_finished_run_is_loaded_and_holds_its_results(trained):
-    again = Run.load(trained.directory)
-    found = again.results
-    assert found["exit"].dropna().tolist() == [1, 2, 3]
-    wanted = (again.outputs.predictions[0] == again.outputs.labels[0]).mean(axis=1)
-    np.testing.assert_allclose(found["accuracy"][:3], wanted)
-    assert (found["low"] < found["accuracy"]).all()
-    assert "accuracy" in repr(again)
-    assert "<table" in again._repr_html_()
-    assert again.report().read_text().startswith("<!doctype html>")
+def test_loaded_run_has_results_and_report(trained_run):
+    loaded = Run.load(trained_run.directory)
+    results = loaded.results
+    assert results["exit"].dropna().tolist() == [1, 2, 3]
+    accuracy = (loaded.outputs.predictions[0] == loaded.outputs.labels[0]).mean(axis=1)
+    np.testing.assert_allclose(results["accuracy"][:3], accuracy)
+    assert (results["low"] < results["accuracy"]).all()
+    assert "accuracy" in repr(loaded)
+    assert "<table" in loaded._repr_html_()
+    assert loaded.report().read_text().startswith("<!doctype html>")
 
 
-def test_curves_and_operating_points_are_those_of_the_saved_outputs(trained):
-    curve = trained.curve()
-    wanted = simulate(trained.outputs, "confidence", calibration=trained.calibration)
-    np.testing.assert_array_equal(curve.score, wanted.score)
-    assert not np.array_equal(trained.curve("entropy").threshold, curve.threshold)
-    point = trained.operating_point(cost=0.5)
+def test_curve_and_operating_point_match_saved_outputs(trained_run):
+    curve = trained_run.curve()
+    expected = simulate(trained_run.outputs, "confidence", calibration=trained_run.calibration)
+    np.testing.assert_array_equal(curve.score, expected.score)
+    assert not np.array_equal(trained_run.curve("entropy").threshold, curve.threshold)
+    point = trained_run.operating_point(cost=0.5)
     assert point.calibration[0] <= 0.5
-    at = np.searchsorted(curve.threshold[0], point.threshold)
-    assert point.validation == (curve.cost[0, at], curve.score[0, at])
+    index = np.searchsorted(curve.threshold[0], point.threshold)
+    assert point.validation == (curve.cost[0, index], curve.score[0, index])
     with pytest.raises(UserError, match="set one target, not 2"):
-        trained.operating_point(cost=0.5, accuracy=0.9)
+        trained_run.operating_point(cost=0.5, accuracy=0.9)
 
 
-def test_the_classifier_answers_as_the_run_was_evaluated(trained, rows):
+def test_run_classifier_uses_last_exit_at_infinite_threshold(trained_run, rows):
     with open(rows, newline="") as file:
         texts = [row["text"] for row in csv.DictReader(file)]
-    found = trained.classifier(threshold=float("inf")).predict(texts)
-    assert set(found.exits.tolist()) == {3}
-    assert len(found.labels) == len(texts)
+    predictions = trained_run.classifier(threshold=float("inf")).predict(texts)
+    assert set(predictions.exits.tolist()) == {3}
+    assert len(predictions.labels) == len(texts)
 
 
-def test_a_budget_is_answered_as_at_the_end_of_the_command(trained, tmp_path, monkeypatch):
-    shutil.copytree(trained.directory, tmp_path / "run")
-    run = Run.load(tmp_path / "run")
+def test_recommend_rewrites_report_and_reuses_measured_times(trained_run, tmp_path, monkeypatch):
+    shutil.copytree(trained_run.directory, tmp_path / "run")
+    loaded = Run.load(tmp_path / "run")
     with pytest.raises(UserError, match="set one target, not 2: milliseconds, cost"):
-        run.recommend(milliseconds=5, cost=0.5)
-    assert not (run.directory / "model" / "clock.json").exists()
-    before = run.report().read_bytes()
-    found = run.recommend(cost=0.5)
-    assert found.startswith("recommended operating point: accuracy ")
-    assert "the best accuracy within 0.5 of the layers" in found
-    assert run.report().read_bytes() != before
-    assert run.classifier(milliseconds=1000).threshold < 1  # by the times that were kept
+        loaded.recommend(milliseconds=5, cost=0.5)
+    assert not (loaded.directory / "model" / "clock.json").exists()
+    old_report = loaded.report().read_bytes()
+    recommendation = loaded.recommend(cost=0.5)
+    assert recommendation.startswith("recommended operating point: accuracy ")
+    assert "the best accuracy within 0.5 of the layers" in recommendation
+    assert loaded.report().read_bytes() != old_report
+    assert loaded.classifier(milliseconds=1000).threshold < 1  # from the saved times
 
     def measure(*arguments):
         raise AssertionError("predict --measure has measured these lengths")
@@ -109,15 +113,15 @@ def test_a_budget_is_answered_as_at_the_end_of_the_command(trained, tmp_path, mo
         lengths = (*table.lengths, 512)
         return dataclasses.replace(table, lengths=lengths, milliseconds=times)
 
-    model = run.directory / "model"
+    model = loaded.directory / "model"
     write_tables(model, [widen(table) for table in read_tables(model)])
-    saved = (model / "clock.json").read_bytes()
+    saved_times = (model / "clock.json").read_bytes()
     monkeypatch.setattr("sweet_jax.recommendation.measure_latency", measure)
-    assert run.recommend(cost=0.5) == found
-    assert (model / "clock.json").read_bytes() == saved
+    assert loaded.recommend(cost=0.5) == recommendation
+    assert (model / "clock.json").read_bytes() == saved_times
 
 
-KINDS = {
+TABLE_TYPES = {
     "dict": lambda frame: frame.to_dict("list"),
     "arrow": lambda frame: pa.Table.from_pandas(frame),
     "dataset": lambda frame: datasets.Dataset.from_pandas(frame),
@@ -125,53 +129,55 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_of_table_is_the_same_run(trained, table, quick, kind):
-    before = (trained.directory / "results.json").stat().st_mtime_ns
-    added = trained.directory / "model" / "added.json"
-    added.write_text("{}")
-    again = sweet_jax.train(
-        KINDS[kind](table[["text", "label"]]),
+@pytest.mark.parametrize("table_type", TABLE_TYPES)
+def test_every_table_type_resumes_the_same_run(trained_run, table, quick_config, table_type):
+    extra_file = trained_run.directory / "model" / "added.json"
+    extra_file.write_text("{}")
+    resumed = sweet_jax.train(
+        TABLE_TYPES[table_type](table[["text", "label"]]),
         text="text",
         label="label",
-        workdir=trained.directory,
-        **quick,
+        workdir=trained_run.directory,
+        **quick_config,
     )
-    assert json.dumps(again.record["replicas"]) == json.dumps(trained.record["replicas"])
-    assert before  # resumed in the same directory: another kind of table is no other data
-    assert len(list((trained.directory / "rows").iterdir())) == 1
-    added.unlink()  # what the run had not written stays beside the same weights
+    assert json.dumps(resumed.record["replicas"]) == json.dumps(trained_run.record["replicas"])
+    assert len(list((trained_run.directory / "rows").iterdir())) == 1
+    extra_file.unlink()  # the resumed run has not removed it
 
 
-def test_other_rows_are_refused_in_the_same_workdir(trained, table, quick):
+def test_workdir_of_run_on_other_rows_is_refused(trained_run, table, quick_config):
     with pytest.raises(UserError, match="belongs to a run on other rows"):
         sweet_jax.train(
-            table.iloc[:-1], text="text", label="label", workdir=trained.directory, **quick
+            table.iloc[:-1],
+            text="text",
+            label="label",
+            workdir=trained_run.directory,
+            **quick_config,
         )
 
 
-@pytest.mark.parametrize("kind", [dict, pd.DataFrame, pa.table])
-def test_rows_without_some_values_are_the_same_rows_again(kind, tmp_path):
+@pytest.mark.parametrize("make_table", [dict, pd.DataFrame, pa.table])
+def test_rows_with_missing_values_are_recognized_as_the_same_rows(make_table, tmp_path):
     missing = float("nan")
-    rows = kind({"text": ["a", None], "label": [1.0, missing], "more": [[missing], []]})
-    asked = {"text": "", "label": "label", "validation": None, "values": {}}
-    config = run_config(rows, tmp_path, **asked)
-    (tmp_path / "config.json").touch()  # a run was begun
-    assert run_config(rows, tmp_path, **asked) == config
-    others = kind({"text": ["a", None], "label": [1.0, 2.0], "more": [[missing], []]})
+    rows = make_table({"text": ["a", None], "label": [1.0, missing], "more": [[missing], []]})
+    arguments = {"text": "", "label": "label", "validation": None, "values": {}}
+    config = run_config(rows, tmp_path, **arguments)
+    (tmp_path / "config.json").touch()  # as if a run had started
+    assert run_config(rows, tmp_path, **arguments) == config
+    other_rows = make_table({"text": ["a", None], "label": [1.0, 2.0], "more": [[missing], []]})
     with pytest.raises(UserError, match="belongs to a run on other rows"):
-        run_config(others, tmp_path, **asked)
+        run_config(other_rows, tmp_path, **arguments)
 
 
-def test_a_call_that_fails_before_the_run_can_be_corrected(table, quick, tmp_path):
-    asked = {"text": "text", "label": "label", "workdir": tmp_path / "run", **quick}
+def test_corrected_call_succeeds_after_refused_calls(table, quick_config, tmp_path):
+    arguments = {"text": "text", "label": "label", "workdir": tmp_path / "run", **quick_config}
     with pytest.raises(UserError, match="unknown config key 'epoch'"):
-        sweet_jax.train(table, epoch=1, **asked)
+        sweet_jax.train(table, epoch=1, **arguments)
     assert not (tmp_path / "run").exists()
     with pytest.raises(UserError, match="label"):
-        sweet_jax.train(table.assign(label=None), **asked)
-    kept = {"text": "text", "label": "label", "validation": None, "values": {}}
-    config = run_config(table, tmp_path / "run", **kept)
+        sweet_jax.train(table.assign(label=None), **arguments)
+    run_arguments = {"text": "text", "label": "label", "validation": None, "values": {}}
+    config = run_config(table, tmp_path / "run", **run_arguments)
     with pa.memory_map(config.data_files) as source:
         assert pa.ipc.open_file(source).read_all().column("label").null_count == 0
 
@@ -188,13 +194,13 @@ def test_a_call_that_fails_before_the_run_can_be_corrected(table, quick, tmp_pat
         ({"texts": ["a"], "label": ["x"]}, "unknown column 'text': did you mean 'texts'"),
     ],
 )
-def test_data_that_is_no_table_is_refused(tmp_path, data, message):
+def test_invalid_table_is_refused_before_workdir_exists(tmp_path, data, message):
     with pytest.raises(UserError, match=message):
         sweet_jax.train(data, text="text", workdir=tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
-def test_a_comma_in_the_name_of_one_of_two_files_is_refused(table, tmp_path):
+def test_comma_in_path_is_refused_when_two_files_are_given(table, tmp_path):
     with pytest.raises(
         UserError, match=r"runs,1/rows/train\.arrow' contains a comma, which separates"
     ):
@@ -204,22 +210,22 @@ def test_a_comma_in_the_name_of_one_of_two_files_is_refused(table, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_directory_without_a_run_is_refused(tmp_path):
+def test_loading_directory_without_run_is_refused(tmp_path):
     with pytest.raises(UserError, match="is not a finished run"):
         Run.load(tmp_path)
 
 
-def test_only_the_main_thread_waits_for_sigterm():
-    """A server or a notebook may train in a thread of its own, which handles no signals."""
-    before = signal.getsignal(signal.SIGTERM)
+def test_termination_event_handles_sigterm_only_in_main_thread():
+    """A server or a notebook may train in another thread, where Python handles no signals."""
+    previous_handler = signal.getsignal(signal.SIGTERM)
     with termination_event() as event:
         signal.raise_signal(signal.SIGTERM)
         assert event.is_set()
-    assert signal.getsignal(signal.SIGTERM) == before
+    assert signal.getsignal(signal.SIGTERM) == previous_handler
 
-    def wait() -> bool:
+    def receives_signal() -> bool:
         with termination_event() as event:
             return event.is_set()
 
     with ThreadPoolExecutor(1) as pool:
-        assert not pool.submit(wait).result()
+        assert not pool.submit(receives_signal).result()

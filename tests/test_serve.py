@@ -1,4 +1,4 @@
-"""The server: right answers under load, a status for whatever is wrong, nothing lost at the end."""
+"""Tests of the server: answers under load, status codes of errors, and shutdown."""
 
 import gc
 import http.client
@@ -27,7 +27,7 @@ from sweet_jax.server.worker import Worker  # noqa: E402 - likewise
 
 
 class Running:
-    """A server in a thread, at a free port."""
+    """Runs a server in a thread, at a free port."""
 
     def __init__(self, classifier, audit=None, **limits):
         app = make_app(classifier, 2, Limits(**limits), audit)
@@ -55,34 +55,34 @@ class Running:
             connection.close()
 
     def wait_for(self, waiting: int) -> None:
-        """Returns once so many texts wait or are computed."""
+        """Returns once this number of texts is queued or computed."""
         deadline = time.monotonic() + 60
         while json.loads(self.call("GET", "/healthz")[1])["waiting"] != waiting:
             assert time.monotonic() < deadline
             time.sleep(0.01)
 
-    def predict(self, asked) -> tuple[int, dict]:
-        body = asked if isinstance(asked, bytes) else json.dumps(asked)
-        status, found = self.call("POST", "/predict", body)
-        return status, json.loads(found)
+    def predict(self, request) -> tuple[int, dict]:
+        body = request if isinstance(request, bytes) else json.dumps(request)
+        status, response = self.call("POST", "/predict", body)
+        return status, json.loads(response)
 
 
 class GatedEngine:
-    """The engine of a classifier, except that its runs wait until the gate is set.
+    """Delays the runs of a classifier's engine until the gate is set.
 
-    Then they fail, or the first exit's logits are not numbers, where that is asked for.
+    fails: the runs then raise. diverged: the first exit's logits are then NaN.
     """
 
     def __init__(self, engine, *, fails=False, diverged=False):
         self.engine, self.fails, self.diverged = engine, fails, diverged
         self.entered, self.gate = threading.Event(), threading.Event()
-        self.texts = 0  # that were embedded
+        self.texts = 0  # number of embedded texts
 
     def __getattr__(self, name):
         return getattr(self.engine, name)
 
     def classify(self, classifier) -> AdaptiveClassifier:
-        """The classifier with this engine."""
+        """Returns the classifier with this engine."""
         target = {"threshold": classifier.threshold}
         return AdaptiveClassifier(classifier.model, classifier.policy, target, self)
 
@@ -101,8 +101,9 @@ class GatedEngine:
 @pytest.fixture(scope="module")
 def texts(fine_tuned) -> list[str]:
     values = from_mapping(fine_tuned[1])
-    every = [text for (text,) in load_dataset(values).validation.texts]
-    return sorted(every, key=lambda text: len(text.split()))[:16]  # fewer lengths to compile for
+    texts = [text for (text,) in load_dataset(values).validation.texts]
+    # Short ones, which need fewer programs.
+    return sorted(texts, key=lambda text: len(text.split()))[:16]
 
 
 @pytest.fixture(scope="module")
@@ -117,91 +118,91 @@ def server(classifier):
     running.stop()
 
 
-def assert_answers(found: dict, wanted) -> None:
-    answers = found["answers"]
-    assert [a["label"] for a in answers] == wanted.labels.tolist()
-    assert [a["exit"] for a in answers] == wanted.exits.tolist()
+def assert_answers(response: dict, expected) -> None:
+    answers = response["answers"]
+    assert [a["label"] for a in answers] == expected.labels.tolist()
+    assert [a["exit"] for a in answers] == expected.exits.tolist()
     np.testing.assert_allclose(
-        [a["probability"] for a in answers], wanted.probabilities.max(axis=1), atol=1e-5
+        [a["probability"] for a in answers], expected.probabilities.max(axis=1), atol=1e-5
     )
-    np.testing.assert_allclose([a["cost"] for a in answers], wanted.cost)
+    np.testing.assert_allclose([a["cost"] for a in answers], expected.cost)
 
 
-def test_many_clients_get_their_own_answers(server, classifier, texts):
-    """Each with its own texts and target, all in the same batches."""
+def test_concurrent_clients_get_answers_to_their_own_texts_and_targets(server, classifier, texts):
+    """The requests of all clients share batches."""
     targets = [{}, {"threshold": 0.55}, {"policy": "patience", "threshold": 2}, {"threshold": 2}]
-    wanted = {}
+    expected = {}
     for number, target in enumerate(targets):
-        own = classifier.at(target.get("policy"), threshold=target.get("threshold", 0.8))
+        at_target = classifier.at(target.get("policy"), threshold=target.get("threshold", 0.8))
         for start in range(0, len(texts) - 3, 3):
-            wanted[number, start] = own.predict(texts[start : start + 3], 2)
+            expected[number, start] = at_target.predict(texts[start : start + 3], 2)
 
     def ask(key):
         number, start = key
         return key, server.predict({"texts": texts[start : start + 3], **targets[number]})
 
     with ThreadPoolExecutor(16) as pool:
-        for key, (status, found) in pool.map(ask, list(wanted) * 2):
-            assert status == 200, found
-            assert_answers(found, wanted[key])
+        for key, (status, response) in pool.map(ask, list(expected) * 2):
+            assert status == 200, response
+            assert_answers(response, expected[key])
 
 
-def test_detail_shows_every_exit_on_the_way(server, classifier, texts):
-    _, found = server.predict({"texts": texts[:1], "threshold": 2, "detail": True})
-    (answer,) = found["answers"]
+def test_detail_lists_every_exit_up_to_the_taken_one(server, classifier, texts):
+    _, response = server.predict({"texts": texts[:1], "threshold": 2, "detail": True})
+    (answer,) = response["answers"]
     assert [e["layer"] for e in answer["exits"]] == [2, 3, 4]
     assert answer["exits"][-1]["probability"] == answer["probability"]
-    first = classifier.at(threshold=0.0).predict(texts[:1], 2)
-    assert answer["exits"][0]["probability"] == pytest.approx(first.probabilities.max(), abs=1e-5)
+    at_first_exit = classifier.at(threshold=0.0).predict(texts[:1], 2)
+    assert answer["exits"][0]["probability"] == pytest.approx(
+        at_first_exit.probabilities.max(), abs=1e-5
+    )
 
 
-def test_detail_of_an_exit_that_diverged_has_no_prediction(classifier, texts):
+def test_detail_has_null_prediction_for_diverged_exit(classifier, texts):
     engine = GatedEngine(classifier.engine, diverged=True)
     engine.gate.set()
     running = Running(engine.classify(classifier))
     target = {"policy": "confidence", "threshold": 0.0}
-    status, found = running.predict({"texts": texts[:1], "detail": True, **target})
+    status, response = running.predict({"texts": texts[:1], "detail": True, **target})
     running.stop()
     assert status == 200
-    exits = found["answers"][0]["exits"]
+    exits = response["answers"][0]["exits"]
     assert exits[0] == {"layer": 2, "label": None, "probability": None}
-    assert len(exits) == 2  # the first sound one is taken, whatever the threshold
-    assert exits[1]["probability"] == found["answers"][0]["probability"] > 0
+    assert len(exits) == 2  # the first finite one is taken, whatever the threshold
+    assert exits[1]["probability"] == response["answers"][0]["probability"] > 0
 
 
-def test_operating_points_are_kept_by_many_threads_and_not_too_many(classifier):
+def test_operating_point_cache_is_thread_safe_and_bounded(classifier):
     worker = Worker(classifier, 2, 100)
-    asked = [i / 1000 for i in range(600)]
+    thresholds = [i / 1000 for i in range(600)]
     with ThreadPoolExecutor(16) as pool:
-        found = list(pool.map(lambda t: worker.at(None, {"threshold": t}), asked))
-    assert [c.threshold for c in found] == asked
-    assert worker.at(None, {"threshold": asked[-1]}) is found[-1]
-    references = [weakref.ref(c) for c in found]
-    del found
+        classifiers = list(pool.map(lambda t: worker.at(None, {"threshold": t}), thresholds))
+    assert [c.threshold for c in classifiers] == thresholds
+    assert worker.at(None, {"threshold": thresholds[-1]}) is classifiers[-1]
+    references = [weakref.ref(c) for c in classifiers]
+    del classifiers
     gc.collect()
     assert sum(r() is not None for r in references) == 256
 
 
-def test_warm_up_compiles_what_the_server_runs_whatever_its_target(classifier):
-    full = AdaptiveClassifier(classifier.model, target={"threshold": float("inf")})
-    full.warm_up(2, [20], full=False)
-    before, worker = full.engine.compilations, Worker(full, 2, 100)
-    assert (len(worker.scheduler.stages), len(full.make_scheduler(2).stages)) == (3, 1)
+def test_warm_up_compiles_every_stage_of_the_server_for_any_target(classifier):
+    full_model = AdaptiveClassifier(classifier.model, target={"threshold": float("inf")})
+    full_model.warm_up(2, [20], full=False)
+    before, worker = full_model.engine.compilations, Worker(full_model, 2, 100)
+    assert (len(worker.scheduler.stages), len(full_model.make_scheduler(2).stages)) == (3, 1)
     for key in itertools.product(worker.scheduler.stages, (1, 2), (24,)):
-        full.engine.compile(*key, worker.scheduler.slots)
-    assert full.engine.compilations == before == 6
+        full_model.engine.compile(*key, worker.scheduler.slots)
+    assert full_model.engine.compilations == before == 6
 
 
-def test_an_address_that_another_process_took_while_the_model_was_read(
-    classifier, monkeypatch, capsys
-):
-    with socket.socket() as other:
-        other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        other.bind(("127.0.0.1", 0))
-        port = other.getsockname()[1]
+def test_address_taken_while_model_loads_is_reported(classifier, monkeypatch, capsys):
+    with socket.socket() as other_process:
+        other_process.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        other_process.bind(("127.0.0.1", 0))
+        port = other_process.getsockname()[1]
 
         def load(*_, **__):
-            other.listen()
+            other_process.listen()
             return classifier
 
         monkeypatch.setattr(AdaptiveClassifier, "from_pretrained", load)
@@ -211,7 +212,7 @@ def test_an_address_that_another_process_took_while_the_model_was_read(
 
 
 @pytest.mark.parametrize(
-    ("asked", "status", "message"),
+    ("request_body", "status", "message"),
     [
         (b"rubbish", 400, "not valid JSON"),
         (b"\xff\xfe", 400, "not valid JSON"),
@@ -236,15 +237,15 @@ def test_an_address_that_another_process_took_while_the_model_was_read(
         ({"texts": ["a" * 30000]}, 413, "may have at most 20000 bytes"),
     ],
 )
-def test_what_is_refused(server, asked, status, message):
-    found = server.predict(asked)
-    assert found[0] == status
-    assert message in found[1]["error"]
-    assert server.predict({"texts": ["word1"]})[0] == 200  # and the server goes on
+def test_invalid_request_is_refused_and_server_continues(server, request_body, status, message):
+    actual_status, response = server.predict(request_body)
+    assert actual_status == status
+    assert message in response["error"]
+    assert server.predict({"texts": ["word1"]})[0] == 200  # the server continues
 
 
-def test_a_body_too_large_is_answered_when_the_client_has_sent_it(server):
-    """An answer before that would be lost: the connection would close under a client that sends."""
+def test_oversized_body_is_answered_after_it_is_received(server):
+    """An earlier answer would be lost, because the connection closes while the client sends."""
     connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
     connection.putrequest("POST", "/predict")
     connection.putheader("Content-Length", str(16 * 20000))
@@ -252,14 +253,14 @@ def test_a_body_too_large_is_answered_when_the_client_has_sent_it(server):
     for _ in range(16):
         connection.send(b"x" * 20000)
         time.sleep(0.05)
-    found = connection.getresponse()
-    assert found.status == 413
-    assert b"may have at most 20000 bytes" in found.read()
+    response = connection.getresponse()
+    assert response.status == 413
+    assert b"may have at most 20000 bytes" in response.read()
     connection.close()
 
 
-def test_a_body_without_end_is_cut_off(server):
-    """What says no length: refused at the limit, not when the client is done."""
+def test_chunked_body_is_refused_at_size_limit(server):
+    """Without Content-Length, the server refuses at the limit, not at the end of the body."""
     connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
     connection.putrequest("POST", "/predict")
     connection.putheader("Transfer-Encoding", "chunked")
@@ -271,55 +272,57 @@ def test_a_body_without_end_is_cut_off(server):
     assert server.predict({"texts": ["word1"]})[0] == 200
 
 
-def test_health_and_metrics(server):
+def test_health_and_metrics_routes_report_status_and_counts(server):
     server.predict({"texts": ["word1", "word2"]})
     assert json.loads(server.call("GET", "/healthz")[1])["status"] == "ok"
-    found = server.call("GET", "/metrics")[1].decode()
-    assert 'sweet_jax_requests_total{status="200"}' in found
-    counted = [float(x.split()[-1]) for x in found.splitlines() if "texts_total{exit" in x]
-    assert sum(counted) >= 2
-    assert "sweet_jax_waiting_texts 0.0" in found
+    metrics = server.call("GET", "/metrics")[1].decode()
+    assert 'sweet_jax_requests_total{status="200"}' in metrics
+    texts_by_exit = [
+        float(line.split()[-1]) for line in metrics.splitlines() if "texts_total{exit" in line
+    ]
+    assert sum(texts_by_exit) >= 2
+    assert "sweet_jax_waiting_texts 0.0" in metrics
 
 
-def test_a_bug_is_counted_as_status_500(server, monkeypatch):
+def test_unexpected_error_is_counted_as_status_500(server, monkeypatch):
     async def fail(*_):
         raise RuntimeError("a bug")
 
     monkeypatch.setattr("sweet_jax.server.app._classify", fail)
     assert server.call("POST", "/v1/predict", b'{"texts": ["a"]}')[0] == 500
-    found = server.call("GET", "/metrics")[1].decode()
-    assert 'sweet_jax_requests_total{status="500"} 1.0' in found
+    metrics = server.call("GET", "/metrics")[1].decode()
+    assert 'sweet_jax_requests_total{status="500"} 1.0' in metrics
 
 
-def test_a_full_queue_says_so_and_the_end_answers_what_was_taken_in(classifier, texts):
+def test_full_queue_returns_503_and_shutdown_answers_accepted_requests(classifier, texts):
     engine = GatedEngine(classifier.engine)
     running = Running(engine.classify(classifier), waiting=3)
     with ThreadPoolExecutor(2) as pool:
-        first = pool.submit(running.predict, {"texts": texts[:2]})
+        accepted = pool.submit(running.predict, {"texts": texts[:2]})
         running.wait_for(waiting=2)
-        status, found = running.predict({"texts": texts[:2]})
-        assert (status, found["error"]) == (503, "too many texts are waiting: try again later")
-        status, found = running.predict({"texts": texts[:4]})
-        assert (status, found["error"]) == (413, "a request may have at most 3 texts; got 4")
+        status, response = running.predict({"texts": texts[:2]})
+        assert (status, response["error"]) == (503, "too many texts are waiting: try again later")
+        status, response = running.predict({"texts": texts[:4]})
+        assert (status, response["error"]) == (413, "a request may have at most 3 texts; got 4")
         running.server.should_exit = True  # what SIGTERM does
         time.sleep(0.3)
-        assert not first.done()
+        assert not accepted.done()
         engine.gate.set()
-        status, found = first.result()
+        status, response = accepted.result()
     running.thread.join()
     assert status == 200
-    assert_answers(found, classifier.predict(texts[:2], 2))
+    assert_answers(response, classifier.predict(texts[:2], 2))
 
 
-def test_a_request_nobody_waits_for_any_more_is_dropped(classifier, texts):
+def test_queued_request_is_dropped_after_timeout(classifier, texts):
     engine = GatedEngine(classifier.engine)
     running = Running(engine.classify(classifier), timeout=0.4)
     with ThreadPoolExecutor(1) as pool:
-        first = pool.submit(running.predict, {"texts": texts[:2]})
+        computed = pool.submit(running.predict, {"texts": texts[:2]})
         assert engine.entered.wait(60)
-        status, found = running.predict({"texts": texts[2:5]})  # waits for the engine
-        assert (status, found["error"]) == (504, "not answered within 0.4 seconds")
-        assert first.result()[0] == 504
+        status, response = running.predict({"texts": texts[2:5]})  # queued behind the first
+        assert (status, response["error"]) == (504, "not answered within 0.4 seconds")
+        assert computed.result()[0] == 504
     running.wait_for(waiting=5)
     engine.gate.set()
     running.wait_for(waiting=0)
@@ -327,20 +330,20 @@ def test_a_request_nobody_waits_for_any_more_is_dropped(classifier, texts):
     assert engine.texts == 2
 
 
-def test_every_request_learns_of_a_device_that_fails(classifier, texts):
+def test_every_request_gets_503_after_engine_failure(classifier, texts):
     engine = GatedEngine(classifier.engine, fails=True)
     running = Running(engine.classify(classifier))
     with ThreadPoolExecutor(3) as pool:
-        asked = [pool.submit(running.predict, {"texts": texts[i : i + 2]}) for i in range(3)]
+        responses = [pool.submit(running.predict, {"texts": texts[i : i + 2]}) for i in range(3)]
         running.wait_for(waiting=6)
         engine.gate.set()
-        assert {a.result()[0] for a in asked} == {503}
+        assert {response.result()[0] for response in responses} == {503}
     assert running.predict({"texts": texts[:1]})[0] == 503
     assert running.call("GET", "/healthz")[0] == 503
     running.stop()
 
 
-def test_a_long_text_is_not_starved_by_short_ones(classifier, texts):
+def test_long_text_is_not_starved_by_short_texts(classifier, texts):
     scheduler = classifier.make_scheduler(2, wait=20)
     short = texts[0]
     (request,) = classifier.encode(["word1 " * 25])
@@ -352,11 +355,11 @@ def test_a_long_text_is_not_starved_by_short_ones(classifier, texts):
         if request.exit >= 0:
             break
     assert request.length == 32
-    # At each of three stages it may see 20 others admitted, which come by twos.
+    # At each of three stages it waits for at most 20 other texts, which are admitted in pairs.
     assert 10 <= number <= 3 * (20 // 2 + 2)
 
 
-def test_the_page_in_a_browser(server, browser, classifier, texts):
+def test_web_page_shows_prediction_and_exits(server, browser, classifier, texts):
     browser.get(f"http://127.0.0.1:{server.port}/")
     browser.find_element("css selector", "textarea").send_keys(texts[0])
     value = browser.find_element("id", "value")
@@ -370,9 +373,9 @@ def test_the_page_in_a_browser(server, browser, classifier, texts):
     while len(rows := browser.find_elements("css selector", "#exits tr")) < 3:
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    wanted = classifier.at(threshold=2.5).predict(texts[:1], 2)
+    expected = classifier.at(threshold=2.5).predict(texts[:1], 2)
     shown = browser.find_element("id", "result").text
-    assert shown.startswith(f"{wanted.labels[0]} ({100 * wanted.probabilities.max():.1f}%)")
+    assert shown.startswith(f"{expected.labels[0]} ({100 * expected.probabilities.max():.1f}%)")
     assert "exited at layer 4, cost 1.000" in shown
     assert [row.get_attribute("class") for row in rows] == ["", "", "taken"]
     assert [entry for entry in browser.get_log("browser") if "favicon" not in str(entry)] == []
@@ -382,8 +385,7 @@ def test_the_page_in_a_browser(server, browser, classifier, texts):
     assert result.text == "the server answered with status 502"
 
 
-def test_the_command_answers_what_it_took_in_before_it_ends(fine_tuned, texts):
-    """SIGTERM with requests under way: each is answered, and the status is 0."""
+def test_serve_command_answers_accepted_requests_after_sigterm(fine_tuned, texts):
     command = [sys.executable, "-m", "sweet_jax.serve", f"--model={fine_tuned[0] / 'model'}"]
     process = subprocess.Popen(
         [*command, "--port=0", "--batch_size=2", "--threshold=0.8"],
@@ -396,34 +398,34 @@ def test_the_command_answers_what_it_took_in_before_it_ends(fine_tuned, texts):
     client = Running.__new__(Running)
     client.port = int(line.rsplit(":", 1)[1])
     with ThreadPoolExecutor(4) as pool:
-        # The first request compiles, so that these are under way when the signal comes.
-        asked = [pool.submit(client.predict, {"texts": texts[i : i + 4]}) for i in range(4)]
+        # The first request compiles, so that none is finished when the signal arrives.
+        responses = [pool.submit(client.predict, {"texts": texts[i : i + 4]}) for i in range(4)]
         client.wait_for(waiting=16)
         process.send_signal(signal.SIGTERM)
-        assert [a.result()[0] for a in asked] == [200] * 4
-    (told,) = process.communicate(timeout=60)[1].splitlines()
-    assert told.startswith("engine: ")
+        assert [response.result()[0] for response in responses] == [200] * 4
+    (log_line,) = process.communicate(timeout=60)[1].splitlines()
+    assert log_line.startswith("engine: ")
     assert process.returncode == 0
 
 
-def test_the_plain_server_of_the_load_test_answers_as_the_full_model(fine_tuned, classifier, texts):
+def test_plain_benchmark_server_answers_as_full_model(fine_tuned, classifier, texts):
     pytest.importorskip("onnxruntime", reason='pip install -e ".[onnx]"')
     from experiments.benchmarks import plain_server
 
     running = Running.__new__(Running)
     app = plain_server.make_app(str(fine_tuned[0] / "model"), "float32")
     running.start(uvicorn.Config(app, port=0, log_level="error"))
-    status, found = running.predict({"texts": texts[:5]})
+    status, response = running.predict({"texts": texts[:5]})
     assert running.predict(b"rubbish")[0] == 400
     running.stop()
-    wanted = classifier.at(threshold=2.0).predict(texts[:5], 2)
+    expected = classifier.at(threshold=2.0).predict(texts[:5], 2)
     assert status == 200
-    assert [answer["label"] for answer in found["answers"]] == wanted.labels.tolist()
-    probabilities = [answer["probability"] for answer in found["answers"]]
-    np.testing.assert_allclose(probabilities, wanted.probabilities.max(axis=1), atol=1e-4)
+    assert [answer["label"] for answer in response["answers"]] == expected.labels.tolist()
+    probabilities = [answer["probability"] for answer in response["answers"]]
+    np.testing.assert_allclose(probabilities, expected.probabilities.max(axis=1), atol=1e-4)
 
 
-def test_bad_options(capsys, tmp_path):
+def test_invalid_serve_options_are_refused_in_one_line(capsys, tmp_path):
     assert serve.main([f"--model={tmp_path}", "--port=0"]) == 2
     assert serve.main(["--model=x", "--timeout=0"]) == 2
     assert serve.main(["--model=x", "--port=99999"]) == 2

@@ -1,4 +1,4 @@
-"""Commands whose standard output is closed or full, or cannot encode every character."""
+"""Tests of commands whose standard output is closed or full, or lacks some characters."""
 
 import contextlib
 import os
@@ -9,7 +9,7 @@ import pytest
 
 from sweet_jax import cli
 
-# As the command does, with a training that logs a letter and prints a line.
+# The train command, with a training that logs a non-ASCII character and prints a line.
 TRAINING = """
 import logging, sys, sweet_jax.main
 from sweet_jax.standard_output import print_text
@@ -27,14 +27,14 @@ sys.exit(sweet_jax.main.main(["main"]))
 
 @contextlib.contextmanager
 def closed_pipe():
-    """The writing end of a pipe that nobody reads."""
+    """Yields the writing end of a pipe whose reading end is closed."""
     reading, writing = os.pipe()
     os.close(reading)
     yield writing
     os.close(writing)
 
 
-def run(*arguments, stdout=subprocess.PIPE, **environment) -> subprocess.CompletedProcess:
+def run_python(*arguments, stdout=subprocess.PIPE, **environment) -> subprocess.CompletedProcess:
     return subprocess.run(
         [sys.executable, *arguments],
         stdout=stdout,
@@ -45,39 +45,39 @@ def run(*arguments, stdout=subprocess.PIPE, **environment) -> subprocess.Complet
     )
 
 
-def test_a_training_goes_on_when_nobody_reads_it():
+def test_training_continues_when_stdout_is_closed():
     with closed_pipe() as pipe:
-        done = run("-c", TRAINING, stdout=pipe)
-    assert (done.returncode, done.stderr) == (0, "")
+        process = run_python("-c", TRAINING, stdout=pipe)
+    assert (process.returncode, process.stderr) == (0, "")
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
-def test_a_full_disk_is_one_line_beside_the_log():
+def test_full_disk_is_reported_in_one_line():
     with open("/dev/full", "w") as full:
-        done = run("-c", TRAINING, stdout=full)
-    assert done.returncode == 1
-    assert done.stderr.startswith("error: files cannot be written (No space left on device)")
-    assert done.stderr.count("\n") == 1
+        process = run_python("-c", TRAINING, stdout=full)
+    assert process.returncode == 1
+    assert process.stderr.startswith("error: files cannot be written (No space left on device)")
+    assert process.stderr.count("\n") == 1
 
 
-def test_letters_that_the_output_lacks_are_escaped():
-    done = run("-c", TRAINING, PYTHONIOENCODING="ascii")
-    assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout == "classes: \\xe9\ndone\n" * 2
+def test_characters_outside_the_output_encoding_are_escaped():
+    process = run_python("-c", TRAINING, PYTHONIOENCODING="ascii")
+    assert (process.returncode, process.stderr) == (0, "")
+    assert process.stdout == "classes: \\xe9\ndone\n" * 2
 
 
 @pytest.mark.parametrize("argument", ["version", "--help"])
-def test_what_nobody_reads_is_no_error(argument):
+def test_command_succeeds_when_stdout_is_closed(argument):
     with closed_pipe() as pipe:
-        done = run("-m", "sweet_jax.cli", argument, stdout=pipe)
-    assert (done.returncode, done.stderr) == (0, "")
+        process = run_python("-m", "sweet_jax.cli", argument, stdout=pipe)
+    assert (process.returncode, process.stderr) == (0, "")
 
 
 @pytest.mark.parametrize("name", [name for name in cli.COMMANDS if name != "version"])
-def test_help_does_without_docstrings(name, capsys, monkeypatch):
+def test_help_works_without_docstrings(name, capsys, monkeypatch):
     """As under PYTHONOPTIMIZE=2."""
     monkeypatch.setattr(f"{cli.COMMANDS[name][0]}.__doc__", None)
-    with pytest.raises(SystemExit) as ended:
+    with pytest.raises(SystemExit) as raised:
         cli.main([name, "--help"])
-    assert ended.value.code == 0
+    assert raised.value.code == 0
     assert "None" not in capsys.readouterr().out.partition("options:")[0]

@@ -1,4 +1,4 @@
-"""Labels of files as targets: lists, a|b, numbers; and whole runs on them."""
+"""Tests of multi-label and regression targets, in files and in runs."""
 
 import asyncio
 import json
@@ -28,7 +28,7 @@ from sweet_jax.preparation import prepare
 from sweet_jax.runs import Run
 
 TEXTS = [f"text {i}" for i in range(40)]
-SETS = [["b", "a"], ["a"], [], ["c"]] * 10
+LABEL_SETS = [["b", "a"], ["a"], [], ["c"]] * 10
 
 
 def load(path, **changes):
@@ -37,11 +37,11 @@ def load(path, **changes):
 
 
 @pytest.mark.parametrize("suffix", ["csv", "jsonl", "parquet"])
-def test_several_labels_are_lists_or_separated_by_bars(suffix, tmp_path):
+def test_multi_label_rows_are_read_from_lists_or_bar_separated_text(suffix, tmp_path):
     path = tmp_path / f"rows.{suffix}"
-    frame = pd.DataFrame({"text": TEXTS, "label": SETS})
+    frame = pd.DataFrame({"text": TEXTS, "label": LABEL_SETS})
     if suffix == "csv":
-        frame["label"] = [" | ".join(labels) for labels in SETS]
+        frame["label"] = [" | ".join(labels) for labels in LABEL_SETS]
         frame.to_csv(path, index=False)
     elif suffix == "jsonl":
         frame.to_json(path, orient="records", lines=True)
@@ -49,12 +49,12 @@ def test_several_labels_are_lists_or_separated_by_bars(suffix, tmp_path):
         frame.to_parquet(path)
     dataset = load(path)
     assert dataset.classes == ("a", "b", "c")
-    known = dict(zip(TEXTS, SETS, strict=True))
+    labels_of = dict(zip(TEXTS, LABEL_SETS, strict=True))
     for split, rows in ((dataset.train, 32), (dataset.validation, 8)):
         assert split.labels.shape == (rows, 3)
-        for (text,), own in zip(split.texts, split.labels, strict=True):
-            assert {"abc"[c] for c in np.flatnonzero(own)} == set(known[text])
-        # Each set of labels in proportion.
+        for (text,), row in zip(split.texts, split.labels, strict=True):
+            assert {"abc"[c] for c in np.flatnonzero(row)} == set(labels_of[text])
+        # The split is stratified by sets of labels.
         assert split.labels.sum(axis=0).tolist() == [rows // 2, rows // 4, rows // 4]
     if suffix != "csv":
         with pytest.raises(UserError, match=r"require --config\.objective=multi_label"):
@@ -62,7 +62,7 @@ def test_several_labels_are_lists_or_separated_by_bars(suffix, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("labels", "changes", "refusal"),
+    ("labels", "changes", "message"),
     [
         ([["a|b"]] * 40, {}, "rename it, since .* separates labels"),
         (["['a', 'b']", "['a']"] * 20, {}, r"label \"\['a', 'b'\]\" .* write it as a\|b"),
@@ -90,14 +90,14 @@ def test_several_labels_are_lists_or_separated_by_bars(suffix, tmp_path):
         ),
     ],
 )
-def test_targets_that_will_not_do_are_refused(labels, changes, refusal, tmp_path):
+def test_invalid_targets_are_refused(labels, changes, message, tmp_path):
     rows = [{"text": t, "label": label} for t, label in zip(TEXTS, labels, strict=True)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with pytest.raises(UserError, match=refusal):
+    with pytest.raises(UserError, match=message):
         load(tmp_path / "rows.jsonl", **changes)
 
 
-def test_lists_of_a_fixed_size_are_labels_and_nan_in_one_is_none(tmp_path):
+def test_fixed_size_lists_are_labels_and_nan_in_a_list_is_refused(tmp_path):
     sets = [["a", "b"], ["b", "c"]] * 20
     fixed = pa.table({"text": TEXTS, "label": pa.array(sets, pa.list_(pa.string(), 2))})
     pq.write_table(fixed, tmp_path / "rows.parquet")
@@ -109,16 +109,16 @@ def test_lists_of_a_fixed_size_are_labels_and_nan_in_one_is_none(tmp_path):
         load(tmp_path / "n.parquet")
 
 
-def test_labels_that_are_separated_by_something_else_are_named():
-    alone, several = np.asarray([[1, 0], [0, 1]] * 9, bool), np.ones((9, 2), bool)
+def test_label_names_with_other_separators_are_warned_about():
+    one_each, two_each = np.asarray([[1, 0], [0, 1]] * 9, bool), np.ones((9, 2), bool)
     for name in ("a,b", "a; b"):
-        _, (warning,) = describe_labels(alone, ("a", name))
+        _, (warning,) = describe_labels(one_each, ("a", name))
         assert f"no row has several labels, and {name!r} is read as one label" in warning
-        assert describe_labels(several, ("a", name))[1] == []
-    assert describe_labels(alone, ("[a]", "a b"))[1] == []
+        assert describe_labels(two_each, ("a", name))[1] == []
+    assert describe_labels(one_each, ("[a]", "a b"))[1] == []
 
 
-def test_numbers_are_standardised_for_training_alone(options, tmp_path):
+def test_regression_targets_are_standardised_for_training_only(options, tmp_path):
     numbers = np.random.default_rng(0).normal(50, 20, 40).round(2)
     pd.DataFrame({"text": TEXTS, "label": numbers}).to_csv(tmp_path / "rows.csv", index=False)
     changes = {"data_files": str(tmp_path / "rows.csv"), "objective": "regression"}
@@ -129,14 +129,14 @@ def test_numbers_are_standardised_for_training_alone(options, tmp_path):
     np.testing.assert_allclose(job.train.labels, (job.labels - mean) / deviation, atol=1e-6)
     batch = pad_rows(job.train, np.asarray([[2, -1]]), (32,))
     assert batch["labels"].tolist() == [[job.train.labels[2], 0]]
-    # The validation rows are of different tenths of the targets.
+    # The split is stratified by tenths of the targets.
     tenths = dict(zip(numbers.astype(np.float32), quantile_strata(numbers), strict=True))
     assert np.bincount(list(tenths.values())).min() >= 3
     assert len({tenths[number] for number in job.dataset.validation.labels}) == 8
 
 
-def test_rows_of_numbers_that_are_mostly_the_smallest_are_split(options, tmp_path):
-    numbers = np.where(np.arange(40) % 13 == 5, np.arange(40.0), 0)  # three are not zero
+def test_split_works_when_most_targets_equal_the_minimum(options, tmp_path):
+    numbers = np.where(np.arange(40) % 13 == 5, np.arange(40.0), 0)  # three of them differ from 0
     assert quantile_strata(numbers).tolist() == (numbers > 0).tolist()
     pd.DataFrame({"text": TEXTS, "label": numbers}).to_csv(tmp_path / "rows.csv", index=False)
     changes = {"data_files": str(tmp_path / "rows.csv"), "objective": "regression"}
@@ -146,7 +146,7 @@ def test_rows_of_numbers_that_are_mostly_the_smallest_are_split(options, tmp_pat
     assert len(np.unique(job.labels[job.rows.training])) > 1
 
 
-def test_targets_and_not_strata_decide_whether_there_is_something_to_learn():
+def test_constant_targets_are_refused_but_constant_strata_are_not():
     config = Config(objective="regression", confidence="stability", train_size=20).resolved()
     strata, numbers = np.zeros(40, int), np.linspace(0, 1, 40, dtype=np.float32)
     split_calibration_rows(strata, config, 0, numbers)
@@ -157,13 +157,13 @@ def test_targets_and_not_strata_decide_whether_there_is_something_to_learn():
         split_calibration_rows(strata, config, 0, np.ones((40, 2), bool))
 
 
-def test_the_loss_is_weighted_by_the_classes_of_the_training_rows(options):
+def test_balanced_class_weights_are_those_of_drawn_training_rows(options):
     job = prepare(from_mapping(options | {"class_weights": "balanced"}))
     counts = np.bincount(job.train.labels[job.rows.training].ravel())
     logits, labels = np.zeros((2, 2), np.float32), np.arange(2)
-    found = job.objective.row_loss(jnp.asarray(logits), jnp.asarray(labels))
-    np.testing.assert_allclose(found, np.log(2) * counts.sum() / (2 * counts), rtol=1e-5)
-    # Not of the file, of which few rows may be drawn: with a row of each class, however rare.
+    losses = job.objective.row_loss(jnp.asarray(logits), jnp.asarray(labels))
+    np.testing.assert_allclose(losses, np.log(2) * counts.sum() / (2 * counts), rtol=1e-5)
+    # The file has more rows than were drawn.
     assert len(job.dataset.train.labels) > counts.sum()
     with pytest.raises(UserError, match=r"one number for each of the 2 classes .*; got 3"):
         prepare(from_mapping(options | {"class_weights": "1,2,3"}))
@@ -172,7 +172,7 @@ def test_the_loss_is_weighted_by_the_classes_of_the_training_rows(options):
 
 
 def write_targets(path, objective):
-    """Texts whose first words tell their labels, or a number that is their sum."""
+    """Writes texts whose first words determine their labels, or a number as the target."""
     rng, rows = np.random.default_rng(0), []
     for _ in range(240):
         present = np.flatnonzero(rng.random(3) < [0.6, 0.4, 0.2])
@@ -185,8 +185,8 @@ def write_targets(path, objective):
     return path
 
 
-def ask_server(classifier, body) -> dict:
-    """The response of the HTTP application, called without a server."""
+def call_server(classifier, body) -> dict:
+    """Returns the response of the server's application, called without a network."""
     served = pytest.importorskip("sweet_jax.server.app", reason='pip install -e ".[serve]"')
     app, sent = served.make_app(classifier, 2, served.Limits()), []
 
@@ -206,90 +206,122 @@ def ask_server(classifier, body) -> dict:
     return json.loads(sent[1]["body"])
 
 
+def check_metrics(folder, dataset, objective: str) -> None:
+    """Asserts that a run did better than a constant prediction, and that its report has metrics."""
+    results, report = Run.load(folder).results, (folder / "report.html").read_text()
+    if objective == "multi_label":
+        scores = results.set_index("baseline")["micro_f1"]
+        assert scores.iloc[:2].max() > scores["constant"] + 0.2
+        assert "hamming loss" in report
+    else:
+        numbers = dataset.validation.labels
+        spread = np.abs(numbers - np.median(numbers)).mean()
+        assert results["neg_mean_absolute_error"].max() > 2 - spread
+        assert "spearman" in report
+
+
+def check_classifier(classifier, dataset, outputs, objective: str):
+    """Asserts that a saved model gives the outputs of its evaluation, in the targets' units.
+
+    Returns its predictions for the validation texts.
+    """
+    texts = [text for (text,) in dataset.validation.texts]
+    np.testing.assert_array_equal(outputs.labels[0], dataset.validation.labels)
+    logits, _ = compute_all_exits(classifier.model, classifier.engine, texts)
+    np.testing.assert_allclose(logits, outputs.logits[0], rtol=1e-4, atol=1e-4)
+    policy = "min_confidence" if objective == "multi_label" else "learning_to_exit"
+    assert classifier.policy == policy
+    confidences = exit_confidences(outputs, policy, [classifier.calibrator])[0]
+    confidences[-1] = np.inf
+    exits = (confidences >= classifier.threshold).argmax(axis=0)
+    predictions = classifier.predict(texts, 16)
+    assert predictions.exits.tolist() == [classifier.layers[e] for e in exits]
+    answers = outputs.predictions[0][exits, np.arange(len(texts))]
+    if objective == "multi_label":
+        assert predictions.labels.tolist() == label_names(dataset, answers)
+    else:
+        np.testing.assert_allclose(predictions.labels, answers, rtol=1e-4)
+    return predictions
+
+
+def label_names(dataset, answers) -> list[list[str]]:
+    """Returns the names of the labels of each row, for answers bool [N, C]."""
+    names = np.asarray(dataset.classes)
+    return [names[present].tolist() for present in answers]
+
+
+def check_server(classifier, texts, labels, objective: str) -> None:
+    """Asserts that the server answers the texts with these labels."""
+    several = objective == "multi_label"
+    response = call_server(classifier, {"texts": texts, "detail": True})
+    for answer, label in zip(response["answers"], labels, strict=True):
+        assert answer["label"] == (label if several else pytest.approx(label, rel=1e-4))
+        assert answer["exits"][-1]["label"] == answer["label"]
+        assert ("probability" in answer) == several
+
+
+def check_commands(model, rows, folder, objective: str) -> None:
+    """Asserts that predict writes labels in both formats, and that recalibrate succeeds."""
+    several = objective == "multi_label"
+    for name in ("out.jsonl", "out.csv"):
+        command = ["predict", f"--model={model}", f"--input={rows}", "--cost=0.8"]
+        assert cli.main([*command, f"--output={folder / name}"]) == 0
+    first = json.loads((folder / "out.jsonl").read_text().splitlines()[0])
+    assert isinstance(first["label"], list if several else float)
+    assert ("probability" in first) == several
+    table = pd.read_csv(folder / "out.csv", keep_default_na=False)
+    assert table["label"][0] == ("|".join(first["label"]) if several else first["label"])
+    assert cli.main(["recalibrate", f"--model={model}", f"--labelled={rows}"]) == 0
+
+
+def check_exported(classifier, dataset, predictions, folder) -> None:
+    """Asserts that the exported program of a multi-label model gives these predictions."""
+    command = ["export", f"--model={classifier.model.folder}", f"--output={folder}"]
+    assert cli.main([*command, f"--threshold={classifier.threshold!r}"]) == 0
+    ids, _ = encode(classifier.model.tokenizer, dataset.validation.texts, 32)
+    tokens = np.asarray([len(row) for row in ids], np.int32)
+    padded = np.zeros((2, len(ids), 32), np.int32)
+    for number, row in enumerate(ids):
+        padded[0, number, : len(row)] = row
+    answers, probability, layers = load_runner(folder).predict(folder, *padded, tokens)
+    assert layers.tolist() == predictions.exits.tolist()
+    assert label_names(dataset, answers) == predictions.labels.tolist()
+    least = np.maximum(predictions.probabilities, 1 - predictions.probabilities).min(axis=1)
+    np.testing.assert_allclose(probability, least, atol=1e-5)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("objective", ["multi_label", "regression"])
-def test_a_whole_run(objective, checkpoint, tmp_path, with_figures):
-    several = objective == "multi_label"
+def test_run_predict_serve_and_export_with_other_objectives(
+    objective, checkpoint, tmp_path, with_figures
+):
     rows = write_targets(tmp_path / "rows.jsonl", objective)
     changes = {"objective": objective, "data_files": str(rows), "pooling": "mean", "epochs": 8}
-    if several:
+    if objective == "multi_label":
         refit = {"head_init": "probe", "head_refit": True, "baselines": "quick"}
         changes |= {"exits": (1, 2), "depth": 2, **refit}
     else:
         changes |= {"learning_to_exit": "joint", "exits": (1, 3)}
     folder, values = fine_tune(checkpoint, tmp_path, **changes)
     dataset = load_dataset(from_mapping(values))
-    results = Run.load(folder).results
-    if several:
-        found = results.set_index("baseline")["micro_f1"]
-        assert found.iloc[:2].max() > found["constant"] + 0.2
-    else:
-        numbers = dataset.validation.labels
-        spread = np.abs(numbers - np.median(numbers)).mean()
-        assert results["neg_mean_absolute_error"].max() > 2 - spread
-    assert ("hamming loss" if several else "spearman") in (folder / "report.html").read_text()
-
-    # The saved model gives the outputs that were evaluated, in the targets' own units.
+    check_metrics(folder, dataset, objective)
     outputs = ExitOutputs.load(folder / "exit_outputs" / "validation.npz")
-    texts = [text for (text,) in dataset.validation.texts]
-    np.testing.assert_array_equal(outputs.labels[0], dataset.validation.labels)
     classifier = AdaptiveClassifier.from_pretrained(folder / "model", cost=0.8)
-    logits, _ = compute_all_exits(classifier.model, classifier.engine, texts)
-    np.testing.assert_allclose(logits, outputs.logits[0], rtol=1e-4, atol=1e-4)
-    policy = "min_confidence" if several else "learning_to_exit"
-    assert classifier.policy == policy
-    confidences = exit_confidences(outputs, policy, [classifier.calibrator])[0]
-    confidences[-1] = np.inf
-    exits = (confidences >= classifier.threshold).argmax(axis=0)
-    found = classifier.predict(texts, 16)
-    assert found.exits.tolist() == [classifier.layers[e] for e in exits]
-    answers = outputs.predictions[0][exits, np.arange(len(texts))]
-    if several:
-        names = np.asarray(dataset.classes)
-        assert found.labels.tolist() == [names[given].tolist() for given in answers]
-    else:
-        np.testing.assert_allclose(found.labels, answers, rtol=1e-4)
-
-    served = ask_server(classifier, {"texts": texts[:2], "detail": True})
-    for answer, label in zip(served["answers"], found.labels[:2].tolist(), strict=True):
-        assert answer["label"] == (label if several else pytest.approx(label, rel=1e-4))
-        assert answer["exits"][-1]["label"] == answer["label"]
-        assert ("probability" in answer) == several
-
-    # Files of predictions, thresholds fitted anew, and programs.
-    model, given = folder / "model", "--cost=0.8"
-    for name in ("out.jsonl", "out.csv"):
-        line = ["predict", f"--model={model}", f"--input={rows}", given]
-        assert cli.main([*line, f"--output={tmp_path / name}"]) == 0
-    first = json.loads((tmp_path / "out.jsonl").read_text().splitlines()[0])
-    assert isinstance(first["label"], list if several else float)
-    assert ("probability" in first) == several
-    table = pd.read_csv(tmp_path / "out.csv", keep_default_na=False)
-    assert table["label"][0] == ("|".join(first["label"]) if several else first["label"])
-    assert cli.main(["recalibrate", f"--model={model}", f"--labelled={rows}"]) == 0
-    if not several:
-        return  # compiling its programs takes seconds; the test below has what is done with them
-    line = ["export", f"--model={model}", f"--output={tmp_path / 'exported'}"]
-    assert cli.main([*line, f"--threshold={classifier.threshold!r}"]) == 0
-    ids, _ = encode(classifier.model.tokenizer, [(text,) for text in texts], 32)
-    tokens = np.asarray([len(row) for row in ids], np.int32)
-    padded = np.zeros((2, len(ids), 32), np.int32)
-    for place, row in enumerate(ids):
-        padded[0, place, : len(row)] = row
-    runner = load_runner(tmp_path / "exported")
-    answers, probability, layers = runner.predict(tmp_path / "exported", *padded, tokens)
-    assert layers.tolist() == found.exits.tolist()
-    assert [names[given].tolist() for given in answers] == found.labels.tolist()
-    sure = np.maximum(found.probabilities, 1 - found.probabilities).min(axis=1)
-    np.testing.assert_allclose(probability, sure, atol=1e-5)
+    predictions = check_classifier(classifier, dataset, outputs, objective)
+    texts = [text for (text,) in dataset.validation.texts[:2]]
+    check_server(classifier, texts, predictions.labels[:2].tolist(), objective)
+    check_commands(folder / "model", rows, tmp_path, objective)
+    if objective == "multi_label":
+        # Compiling the programs of a regression takes seconds; the next test reads its outputs.
+        check_exported(classifier, dataset, predictions, tmp_path / "exported")
 
 
-def test_an_exported_regression_leaves_where_its_exits_are_close():
-    about, stage = {"objective": "regression", "policy": "stability"}, {"temperature": None}
+def test_exported_regression_is_confident_when_exits_agree():
+    exported, stage = {"objective": "regression", "policy": "stability"}, {"temperature": None}
     first, second = np.asarray([[1.0], [2.0]]), np.asarray([[1.5], [-2.0]])
-    given, _, confidence = run_exported.read_outputs(about, stage, first, None)
+    answers, _, confidence = run_exported.read_outputs(exported, stage, first, None)
     assert confidence.tolist() == [0, 0]
-    given, probability, confidence = run_exported.read_outputs(about, stage, second, given)
-    assert given.tolist() == [1.5, -2]
+    answers, probability, confidence = run_exported.read_outputs(exported, stage, second, answers)
+    assert answers.tolist() == [1.5, -2]
     assert np.isnan(probability).all()
     np.testing.assert_allclose(confidence, [1 / 1.5, 1 / 5])

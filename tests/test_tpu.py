@@ -1,4 +1,4 @@
-"""Programs compiled by the TPU's own compiler, for machines that are not there."""
+"""Tests of programs that the TPU compiler makes for machines that are not present."""
 
 import jax
 import jax.numpy as jnp
@@ -33,65 +33,65 @@ TOPOLOGIES = ("v5e:2x2", "v6e:2x2")
     ("method", "replicas", "dtype"),
     [("sweet", 2, "bfloat16"), ("early_exit", 1, "float32"), ("multi_model", 4, "bfloat16")],
 )
-def test_a_step_of_each_method(topology, method, replicas, dtype):
+def test_training_step_program_of_each_method(topology, method, replicas, dtype):
     shape = shape_of("bert", (2,) if method == "multi_model" else (1, 2))
     devices = tpu_programs.describe_devices(topology)
-    found = tpu_programs.compile_training_step(shape, method, SIZE, dtype, devices, replicas)
-    check_step(found, shape, replicas, dtype)
+    compiled = tpu_programs.compile_training_step(shape, method, SIZE, dtype, devices, replicas)
+    check_step(compiled, shape, replicas, dtype)
 
 
 @pytest.mark.parametrize(
     ("topology", "cores"), [("v4:2x2x1", 2), ("v5p:2x2x1", 2), ("v5e:2x2", 1), ("v6e:2x2", 1)]
 )
-def test_a_device_is_a_chip(topology, cores):
-    """The published peaks, which bounds are taken from, are of a chip with all its cores."""
+def test_described_device_is_a_chip_with_all_its_cores(topology, cores):
+    """Bounds are computed from published peaks, which are those of a chip with all its cores."""
     devices = tpu_programs.describe_devices(topology)
     assert len(devices) == len({tuple(device.coords) for device in devices}) == 4
     assert {device.num_cores for device in devices} == {cores}
 
 
 @pytest.mark.parametrize("kind", [kind for kind in ENCODERS if kind != "bert"])
-def test_a_step_of_every_family(kind):
+def test_training_step_program_of_each_encoder_family(kind):
     shape = shape_of(kind)
     devices = tpu_programs.describe_devices(TOPOLOGIES[ENCODERS.index(kind) % 2])
     method = "sweet" if kind in ISOLATED else "early_exit"
-    found = tpu_programs.compile_training_step(shape, method, SIZE, "bfloat16", devices)
-    check_step(found, shape, 1, "bfloat16")
+    compiled = tpu_programs.compile_training_step(shape, method, SIZE, "bfloat16", devices)
+    check_step(compiled, shape, 1, "bfloat16")
 
 
 @pytest.mark.parametrize("topology", TOPOLOGIES)
-def test_groups_of_segment_parallel_training(topology):
+def test_segment_group_programs_sum_only_their_own_gradients(topology):
     shape = shape_of("bert")
     devices = tpu_programs.describe_devices(topology)
-    found = tpu_programs.compile_segment_groups(shape, SIZE, "bfloat16", devices)
-    assert len(found) == 2
-    # Each group sums its own gradients; together they are all of the model's.
-    check_update(found, shape)
-    for each in found:
-        assert each.exchanged == []
-        assert narrow_products(each.text) > 0.9
+    groups = tpu_programs.compile_segment_groups(shape, SIZE, "bfloat16", devices)
+    assert len(groups) == 2
+    # Each group sums its own gradients, and together they sum all of the model's.
+    check_update(groups, shape)
+    for group in groups:
+        assert group.exchanged == []
+        assert narrow_products(group.text) > 0.9
 
 
 @pytest.mark.parametrize("features", [False, True])
 @pytest.mark.parametrize("topology", TOPOLOGIES)
-def test_evaluation_and_the_probe_s_features(topology, features):
+def test_evaluation_program_exchanges_only_its_outputs(topology, features):
     shape = shape_of("bert")
     devices = tpu_programs.describe_devices(topology)
-    found = tpu_programs.compile_evaluation_step(
+    compiled = tpu_programs.compile_evaluation_step(
         shape, SIZE, "bfloat16", devices, features=features
     )
-    # What every host reads of all rows: logits, and the vectors that the classifiers read.
-    each = len(shape.exits) * SIZE.batch
-    outputs = each * shapes.CLASSES + (each * shape.config.hidden_size if features else 0)
-    exchanged = [*found.reduced, *found.gathered, *found.transposed, *found.passed]
+    # Every host reads the logits of all rows and, if requested, the inputs of the classifiers.
+    vectors = len(shape.exits) * SIZE.batch
+    outputs = vectors * shapes.CLASSES + (vectors * shape.config.hidden_size if features else 0)
+    exchanged = [*compiled.reduced, *compiled.gathered, *compiled.transposed, *compiled.passed]
     assert 0 < sum(exchanged) <= outputs
-    assert found.exchanged == []
-    assert found.temporaries < 2**20
-    assert narrow_products(found.text) > 0.9
+    assert compiled.exchanged == []
+    assert compiled.temporaries < 2**20
+    assert narrow_products(compiled.text) > 0.9
 
 
 @pytest.mark.parametrize("topology", TOPOLOGIES)
-def test_every_stage_of_serving(topology):
+def test_inference_stage_programs_work_in_place_without_collectives(topology):
     shape = shape_of("bert", (1, 2, 3))
     params = parameters(shape)
     params["encoder"] = jax.tree.map(lambda x: np.asarray(x, jnp.bfloat16), params["encoder"])

@@ -1,4 +1,4 @@
-"""Where the numbers of a training go: TensorBoard's event files, MLflow, W&B."""
+"""Tests of the trackers of training metrics: TensorBoard, MLflow and W&B."""
 
 import json
 import os
@@ -21,7 +21,7 @@ RESULTS = {
     "replicas": [{"individual": [{"layer": 1, "score": 0.75}, {"layer": 3, "score": 0.875}]}],
 }
 LOSSES = np.asarray([[0.5, 0.25]], np.float32)
-NAMES = {
+LOGGED = {
     "loss/exit_1/replica_0": 0.5,
     "loss/exit_3/replica_0": 0.25,
     "learning_rate/replica_0": 0.125,
@@ -43,8 +43,8 @@ def log_two_steps(workdir, tracker: str) -> None:
     log.close()
 
 
-def finish(workdir, tracker: str) -> None:
-    """Hands on the files of a finished run."""
+def finish_run(workdir, tracker: str) -> None:
+    """Writes files as of a finished run, and gives them to the tracker."""
     (workdir / "model").mkdir()
     for name in ("report.html", "results.json", "model/exits.json"):
         (workdir / name).write_text("a file")
@@ -52,72 +52,72 @@ def finish(workdir, tracker: str) -> None:
 
 
 def read_events(folder) -> list[tuple[str, float, int]]:
-    """The scalars (name, value, step) of TensorBoard's event files."""
-    found = []
+    """Returns the scalars (name, value, step) of TensorBoard's event files."""
+    scalars = []
     for path in sorted(folder.iterdir()):
-        data, at = path.read_bytes(), 0
-        while at < len(data):  # length, checksum, record, checksum
-            (length,) = struct.unpack("<Q", data[at : at + 8])
-            event = Event.FromString(data[at + 12 : at + 12 + length])
-            at += 16 + length
-            found += [(v.tag, v.simple_value, event.step) for v in event.summary.value]
-    return found
+        data, offset = path.read_bytes(), 0
+        while offset < len(data):  # length, checksum, record, checksum
+            (length,) = struct.unpack("<Q", data[offset : offset + 8])
+            event = Event.FromString(data[offset + 12 : offset + 12 + length])
+            offset += 16 + length
+            scalars += [(v.tag, v.simple_value, event.step) for v in event.summary.value]
+    return scalars
 
 
-def test_tensorboard_has_metrics_of_every_exit_area_and_learning_rate(tmp_path):
+def test_tensorboard_gets_exit_metrics_tuning_area_and_learning_rate(tmp_path):
     log_two_steps(tmp_path, "tensorboard")
-    found = read_events(tmp_path / "tensorboard" / "short")
-    assert {name: value for name, value, _ in found} == NAMES
-    assert [s for name, _, s in found if name == "learning_rate/replica_0"] == [4, 5]
-    assert [s for name, _, s in found if name == "tuning_area/replica_0"] == [6]
+    scalars = read_events(tmp_path / "tensorboard" / "short")
+    assert {name: value for name, value, _ in scalars} == LOGGED
+    assert [s for name, _, s in scalars if name == "learning_rate/replica_0"] == [4, 5]
+    assert [s for name, _, s in scalars if name == "tuning_area/replica_0"] == [6]
     assert [row["loss"] for row in read_metrics(tmp_path)] == [LOSSES.tolist()] * 2
-    wanted = {"training": "short", "step": 6, "area": [0.625], "metric": [[0.5, 0.75]]}
-    assert read_tuning(tmp_path) == [wanted]
-    finish(tmp_path, "tensorboard")
+    expected = {"training": "short", "step": 6, "area": [0.625], "metric": [[0.5, 0.75]]}
+    assert read_tuning(tmp_path) == [expected]
+    finish_run(tmp_path, "tensorboard")
     validation = read_events(tmp_path / "tensorboard" / "validation")
     assert validation[0] == ("accuracy/exit_1/replica_0", 0.75, 0)
 
 
-def test_mlflow_has_them_in_its_local_files_with_report_and_model(tmp_path, monkeypatch):
+def test_mlflow_stores_metrics_report_and_model_in_local_files(tmp_path, monkeypatch):
     mlflow = pytest.importorskip("mlflow", reason='pip install -e ".[mlflow]"')
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     (tmp_path / "config.json").write_text(json.dumps({"epochs": 2}))
     log_two_steps(tmp_path, "mlflow")
-    log_two_steps(tmp_path, "mlflow")  # a run that is resumed is the same run
-    finish(tmp_path, "mlflow")
+    log_two_steps(tmp_path, "mlflow")  # as a resumed run does
+    finish_run(tmp_path, "mlflow")
     client = mlflow.MlflowClient(tracking_uri=(tmp_path / "mlruns").as_uri())
     (experiment,) = [e for e in client.search_experiments() if e.name == "sweet_jax"]
-    (found,) = client.search_runs([experiment.experiment_id])
-    values = {f"short/{name}": value for name, value in NAMES.items()}
+    (tracked,) = client.search_runs([experiment.experiment_id])
+    values = {f"short/{name}": value for name, value in LOGGED.items()}
     values |= {"validation/accuracy/exit_1/replica_0": 0.75}
     values |= {"validation/accuracy/exit_3/replica_0": 0.875}
-    assert found.data.metrics == values
-    assert found.data.params == {"epochs": "2"}
-    assert found.info.status == "FINISHED"
-    history = client.get_metric_history(found.info.run_id, "short/learning_rate/replica_0")
+    assert tracked.data.metrics == values
+    assert tracked.data.params == {"epochs": "2"}
+    assert tracked.info.status == "FINISHED"
+    history = client.get_metric_history(tracked.info.run_id, "short/learning_rate/replica_0")
     assert {point.step for point in history} == {4, 5}
-    names = {file.path for file in client.list_artifacts(found.info.run_id)}
+    names = {file.path for file in client.list_artifacts(tracked.info.run_id)}
     assert names == {"report.html", "results.json", "model"}
 
 
-def test_wandb_takes_them_without_a_network(tmp_path, monkeypatch):
+def test_wandb_stores_metrics_and_report_offline(tmp_path, monkeypatch):
     pytest.importorskip("wandb", reason='pip install -e ".[wandb]"')
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     log_two_steps(tmp_path, "wandb")
     log_two_steps(tmp_path, "wandb")
-    finish(tmp_path, "wandb")
+    finish_run(tmp_path, "wandb")
     (folder,) = (tmp_path / "wandb").glob("offline-run-*")
     (path,) = folder.glob("*.wandb")
     data = path.read_bytes()
-    for name in (*(f"short/{n}" for n in NAMES), "validation/accuracy/exit_3/replica_0"):
+    for name in (*(f"short/{n}" for n in LOGGED), "validation/accuracy/exit_3/replica_0"):
         assert name.encode() in data
     assert b"report.html" in data
     assert path.name == f"run-{json.loads((tmp_path / 'trackers.json').read_text())['wandb']}.wandb"
 
 
-def test_every_row_is_in_the_file_at_once_and_dropped_if_it_is_repeated(tmp_path):
-    """A program that follows metrics.jsonl sees it; a run that is killed then leaves more rows."""
+def test_metric_rows_are_flushed_and_repeated_steps_dropped(tmp_path):
+    """Programs may follow metrics.jsonl; a killed run leaves rows that the resumed run repeats."""
     path, fields = tmp_path / "metrics.jsonl", dict.fromkeys(StepMetrics._fields)
     values = StepMetrics(**(fields | {"loss": LOSSES}))
 
@@ -140,7 +140,7 @@ def test_every_row_is_in_the_file_at_once_and_dropped_if_it_is_repeated(tmp_path
 
 
 @pytest.mark.parametrize("tracker", ["mlflow", "wandb"])
-def test_a_tracker_that_is_not_installed_is_refused_at_once(tracker, tmp_path, monkeypatch):
+def test_missing_tracker_package_is_refused_before_run_starts(tracker, tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match=rf"log_to={tracker} requires the package {tracker}: pip "):
         run(from_mapping({"log_to": tracker}), tmp_path / "run")

@@ -1,4 +1,4 @@
-"""sweet-jax train FILE: a run on labelled texts, and the operating point that it recommends."""
+"""Tests of `sweet-jax train FILE`, its report and the operating point that it recommends."""
 
 import html
 import json
@@ -24,67 +24,71 @@ pytestmark = pytest.mark.usefixtures("restored_logging", "one_device_in_module")
 
 @pytest.fixture(scope="module", autouse=True)
 def brief_timing():
-    """Measured times are not asserted: few runs of each stage will do."""
+    """Shortens measurements of latency, whose times no test asserts."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sweet_jax.inference.latency._SECONDS", 0.0)
         yield
 
 
 @pytest.fixture(scope="module")
-def keys(tiny_run) -> list[str]:
-    """Keys that make the recipe one of seconds, as the command line has them."""
-    taken = ("checkpoint", "exits", "learning_rates", "max_length", "batch_size", "pooling")
-    changes = {k: tiny_run[k] for k in taken} | {"epochs": 1, "head_init": "random"}
+def quick_arguments(tiny_run) -> list[str]:
+    """Returns command-line arguments that shorten the default recipe to seconds."""
+    reused = ("checkpoint", "exits", "learning_rates", "max_length", "batch_size", "pooling")
+    changes = {k: tiny_run[k] for k in reused} | {"epochs": 1, "head_init": "random"}
     changes |= {"head_refit": False, "baselines": "none", "evaluation_batch_size": 16}
-    changes["clip_norm"] = "inf"  # which config.json cannot hold as a number
+    changes["clip_norm"] = "inf"  # not a JSON number in config.json
     values = {k: ",".join(map(str, v)) if isinstance(v, tuple) else v for k, v in changes.items()}
     return [f"--config.{k}={v}" for k, v in values.items()]
 
 
 @pytest.fixture(scope="module")
-def trained(rows, keys, tmp_path_factory):
-    """(directory of a run on a file, what the command printed)."""
+def trained_run(rows, quick_arguments, tmp_path_factory):
+    """Returns (directory of a run on a file, output of its command)."""
     folder = tmp_path_factory.mktemp("own") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        printed: list[str] = []
-        patch.setattr("builtins.print", lambda *a, **_: printed.append(" ".join(map(str, a))))
+        lines: list[str] = []
+        patch.setattr("builtins.print", lambda *a, **_: lines.append(" ".join(map(str, a))))
         patch.setenv("JAX_ENABLE_COMPILATION_CACHE", "0")
-        status = cli.main(["train", str(rows), f"--output={folder}", "--budget=0.7", *keys])
+        status = cli.main(
+            ["train", str(rows), f"--output={folder}", "--budget=0.7", *quick_arguments]
+        )
     assert status == 0
-    return folder, "\n".join(printed)
+    return folder, "\n".join(lines)
 
 
-def test_a_file_is_all_that_has_to_be_named(trained, rows):
-    folder, printed = trained
+def test_train_command_needs_only_a_file(trained_run, rows):
+    folder, stdout = trained_run
     config = json.loads((folder / "config.json").read_text())
     assert config["data_files"] == str(rows)
-    assert config["text_columns"] == ""  # the only one beside the label
+    assert config["text_columns"] == ""  # the default: the only other column
     assert config["method"] == OWN_DATA["method"]
     assert (folder / "report.html").exists()
-    assert "recommended operating point: accuracy " in printed
-    assert "through all layers: accuracy " in printed
+    assert "recommended operating point: accuracy " in stdout
+    assert "through all layers: accuracy " in stdout
 
 
-def test_the_next_command_runs(trained, tmp_path):
-    folder, printed = trained
-    serve, line = [text for text in printed.splitlines() if text.startswith("next: sweet-jax ")]
-    assert serve.startswith(
+def test_printed_next_command_runs(trained_run, tmp_path):
+    folder, stdout = trained_run
+    serve_line, predict_line = [
+        text for text in stdout.splitlines() if text.startswith("next: sweet-jax ")
+    ]
+    assert serve_line.startswith(
         f"next: sweet-jax serve --model={folder / 'model'} --cost=0.7 --port=8000"
     )
     (tmp_path / "in.txt").write_text("word1 word2\n")
-    line = line.replace("--input=FILE", f"--input={tmp_path / 'in.txt'}")
-    line = line.replace("--output=FILE", f"--output={tmp_path / 'out.jsonl'}")
-    assert line.endswith("--cost=0.7")
-    assert cli.main(shlex.split(line.removeprefix("next: sweet-jax "))) == 0
+    predict_line = predict_line.replace("--input=FILE", f"--input={tmp_path / 'in.txt'}")
+    predict_line = predict_line.replace("--output=FILE", f"--output={tmp_path / 'out.jsonl'}")
+    assert predict_line.endswith("--cost=0.7")
+    assert cli.main(shlex.split(predict_line.removeprefix("next: sweet-jax "))) == 0
     assert json.loads((tmp_path / "out.jsonl").read_text())["label"]
 
 
-def test_the_report_has_the_times_and_is_written_anew_for_a_target(trained, capsys, monkeypatch):
-    folder, _ = trained
+def test_report_has_exit_times_and_is_rewritten_for_target(trained_run, capsys, monkeypatch):
+    folder, _ = trained_run
     page = (folder / "report.html").read_text()
-    assert "milliseconds until each exit, a text of " in page  # measured after the run
+    assert "milliseconds until each exit, a text of " in page  # measured at the end of the run
     assert "the best accuracy within 0.7 of the layers" in page
-    monkeypatch.setenv("PATH", "")  # where there is no browser, the picture is drawn
+    monkeypatch.setenv("PATH", "")  # without a browser, the PNG is drawn
     assert cli.main(["report", str(folder), "--milliseconds=1e-6", "--png"]) == 0
     page = (folder / "report.html").read_text()
     assert (
@@ -95,13 +99,13 @@ def test_the_report_has_the_times_and_is_written_anew_for_a_target(trained, caps
     assert (folder / "report.png").read_bytes().startswith(b"\x89PNG")
     assert capsys.readouterr().out.endswith(f"first screen: {folder / 'report.png'}\n")
     assert cli.main(["report", str(folder), "--cost=0.7"]) == 0
-    assert not (folder / "report.png").exists()  # it showed the other operating point
+    assert not (folder / "report.png").exists()  # it would show the previous target
 
 
-def test_the_report_has_the_times_of_the_engine_that_is_recommended(trained, tmp_path):
-    """The faster one on both lengths together, of those that were measured on this machine."""
-    run = shutil.copytree(trained[0], tmp_path / "run")
-    model = open_model(run / "model")
+def test_report_has_times_of_recommended_engine(trained_run, tmp_path):
+    """Of the engines measured on this machine, the fastest over both lengths."""
+    workdir = shutil.copytree(trained_run[0], tmp_path / "run")
+    model = open_model(workdir / "model")
     lengths = (model.median_tokens, model.long_tokens)
     assert lengths[0] < lengths[1]
 
@@ -109,58 +113,59 @@ def test_the_report_has_the_times_of_the_engine_that_is_recommended(trained, tmp
         stages = np.repeat([milliseconds], len(model.layers), axis=0).T[None]
         return LatencyTable(engine, "float32", 1, f"{host}, {engine}", (1,), lengths, stages)
 
-    here = platform.node()
-    tables = [table("jax", here, 2, 20), table("onnxruntime", here, 3, 5)]
-    (run / "model" / "clock.json").unlink()
-    write_tables(model.folder, [*tables, table("onnxruntime", f"other-{here}", 0.1, 0.2)])
-    assert cli.main(["report", str(run)]) == 0
-    page = html.unescape((run / "report.html").read_text())
-    assert f"measured on {here}, onnxruntime; tokenization" in page
-    (run / "model" / "clock.json").unlink()
-    write_tables(model.folder, [table("jax", f"other-{here}", 0.1, 0.2)])
-    assert cli.main(["report", str(run), "--milliseconds=1"]) == 2
+    host_name = platform.node()
+    tables = [table("jax", host_name, 2, 20), table("onnxruntime", host_name, 3, 5)]
+    (workdir / "model" / "clock.json").unlink()
+    write_tables(model.folder, [*tables, table("onnxruntime", f"other-{host_name}", 0.1, 0.2)])
+    assert cli.main(["report", str(workdir)]) == 0
+    page = html.unescape((workdir / "report.html").read_text())
+    assert f"measured on {host_name}, onnxruntime; tokenization" in page
+    (workdir / "model" / "clock.json").unlink()
+    write_tables(model.folder, [table("jax", f"other-{host_name}", 0.1, 0.2)])
+    assert cli.main(["report", str(workdir), "--milliseconds=1"]) == 2
 
 
-def test_a_report_without_texts_says_where_they_are_found(trained, tmp_path, monkeypatch, capsys):
-    """Such as of a file whose name is relative to the folder where the run was trained."""
-    run = shutil.copytree(trained[0], tmp_path / "run")
-    config = json.loads((run / "config.json").read_text())
-    (run / "config.json").write_text(json.dumps(config | {"data_files": "absent.csv"}))
+def test_report_warns_when_data_file_is_not_found(trained_run, tmp_path, monkeypatch, capsys):
+    """For example if its name is relative to the folder where the run was trained."""
+    workdir = shutil.copytree(trained_run[0], tmp_path / "run")
+    config = json.loads((workdir / "config.json").read_text())
+    (workdir / "config.json").write_text(json.dumps(config | {"data_files": "absent.csv"}))
     monkeypatch.setattr(logging.getLogger(), "handlers", [])
-    assert cli.main(["report", str(run)]) == 0
-    printed = capsys.readouterr().err
-    assert printed.startswith("warning: the report lists no mistakes, which quote texts: ")
-    assert "'absent.csv' does not exist; run this in the folder where the run was" in printed
+    assert cli.main(["report", str(workdir)]) == 0
+    stderr = capsys.readouterr().err
+    assert stderr.startswith("warning: the report lists no mistakes, which quote texts: ")
+    assert "'absent.csv' does not exist; run this in the folder where the run was" in stderr
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"),
+    ("arguments", "message"),
     [
         (["nowhere"], "is not a finished run"),
         ([".", "--cost=-1"], "--cost must be 0 or more; got -1"),
         ([".", "--error=-1"], "--error must be 0 or more; got -1"),
     ],
 )
-def test_a_report_that_cannot_be_written_gets_one_line(arguments, words, capsys):
+def test_invalid_report_arguments_are_refused(arguments, message, capsys):
     assert cli.main(["report", *arguments]) == 2
-    assert words in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
-def test_what_is_recommended_keeps_within_the_budget(trained):
-    folder, _ = trained
+def test_recommended_operating_point_keeps_the_budget(trained_run):
+    folder, _ = trained_run
     for budget in (0.4, 0.7, 1.0):
-        first, *_ = recommend(folder, {"cost": budget}).splitlines()
-        share = int(first.split("% of the layers")[0].rsplit(" ", 1)[1]) / 100
-        assert share <= budget + 0.1  # on validation rows; it was chosen on calibration rows
+        first_line, *_ = recommend(folder, {"cost": budget}).splitlines()
+        share = int(first_line.split("% of the layers")[0].rsplit(" ", 1)[1]) / 100
+        # The share of validation rows; the point was chosen on calibration rows.
+        assert share <= budget + 0.1
     assert (folder / "model" / "clock.json").exists()
 
 
-def test_the_recommendation_says_how_it_was_chosen_and_what_slow_texts_take(trained):
-    folder, printed = trained
+def test_recommendation_states_selection_rule_and_time_of_slow_texts(trained_run):
+    folder, stdout = trained_run
     assert (
-        " calibration rows: the best accuracy within 0.7 of the layers, or the cheapest " in printed
+        " calibration rows: the best accuracy within 0.7 of the layers, or the cheapest " in stdout
     )
-    assert "estimated from each text's length and exit, the " in printed
+    assert "estimated from each text's length and exit, the " in stdout
     text = recommend(folder, {"milliseconds": 1e6})
     assert re.search(r"ms on average in the model, and 95% of them at most .* ms: the budget", text)
     assert "the budget of 1e+06 ms on average is kept (0% of the texts take longer)" in text
@@ -168,16 +173,16 @@ def test_the_recommendation_says_how_it_was_chosen_and_what_slow_texts_take(trai
     assert "Milliseconds are means. Estimated from each text&#39;s length and exit, the " in page
 
 
-def test_a_budget_that_cannot_be_met_says_what_can(trained):
-    text = recommend(trained[0], {"milliseconds": 1e-6})
+def test_infeasible_budget_is_answered_with_smallest_feasible_one(trained_run):
+    text = recommend(trained_run[0], {"milliseconds": 1e-6})
     assert text.startswith("no operating point meets the budget of 1e-06 ms; the smallest possible")
     assert "recommended operating point" in text
     assert "--milliseconds" not in text
 
 
-def test_all_of_the_command_reaches_the_run(tmp_path):
-    line = ["train", "a.csv", "--text=title,body", "--label=y", "--test=b.csv", "--budget=5ms"]
-    command = parse([*line, "--config.exits=1,3"])
+def test_train_arguments_set_config_workdir_and_target(tmp_path):
+    arguments = ["train", "a.csv", "--text=title,body", "--label=y", "--test=b.csv", "--budget=5ms"]
+    command = parse([*arguments, "--config.exits=1,3"])
     assert command.config.data_files == "a.csv,b.csv"
     assert command.config.text_columns == "title,body"
     assert (command.config.label_column, command.config.exits) == ("y", (1, 3))
@@ -187,7 +192,7 @@ def test_all_of_the_command_reaches_the_run(tmp_path):
     assert str(parse(["train", "data/x+data/y"]).workdir) == "runs/x"
 
 
-def test_columns_that_a_config_names_stay(tmp_path):
+def test_columns_of_config_file_are_kept(tmp_path):
     recipe = tmp_path / "recipe.py"
     recipe.write_text('def get_config(): return {"text_columns": "body", "label_column": "y"}')
     config = parse(["train", "a.csv", f"--config={recipe}"]).config
@@ -204,20 +209,20 @@ def test_columns_that_a_config_names_stay(tmp_path):
         (".5", {"cost": 0.5}),
     ],
 )
-def test_a_budget_is_a_time_or_a_share(text, target):
+def test_budget_is_parsed_as_milliseconds_or_cost(text, target):
     assert parse_budget(text) == target
 
 
-def test_a_share_is_at_most_what_all_layers_cost():
-    """Multi-Model runs its models one after the other: they cost more than the full model."""
-    line = ["train", "a.csv", "--config.exits=1,4,6,12", "--config.method=multi_model"]
-    assert parse([*line, "--budget=1.5"]).target == {"cost": 1.5}
+def test_cost_budget_is_at_most_the_cost_of_all_exits():
+    """All exits of Multi-Model, which run one after the other, cost more than the full model."""
+    arguments = ["train", "a.csv", "--config.exits=1,4,6,12", "--config.method=multi_model"]
+    assert parse([*arguments, "--budget=1.5"]).target == {"cost": 1.5}
     with pytest.raises(UserError, match=r"at most 1\.92: for milliseconds write --budget=5ms"):
-        parse([*line, "--budget=5"])
+        parse([*arguments, "--budget=5"])
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"),
+    ("arguments", "message"),
     [
         (["a.csv", "--budget=5s"], "--budget must be a time, such as 5ms, or a fract"),
         (["a.csv", "--output="], "--output is empty: set a value, or remove it"),
@@ -236,8 +241,8 @@ def test_a_share_is_at_most_what_all_layers_cost():
         (["a.csv", "--test=v,1.csv"], "'v,1.csv' contains a comma, which separates the files"),
     ],
 )
-def test_a_wrong_command_gets_one_line(arguments, words, capsys):
+def test_invalid_train_command_is_refused_in_one_line(arguments, message, capsys):
     assert cli.main(["train", *arguments]) == 2
     error = capsys.readouterr().err.strip()
-    assert words in error
+    assert message in error
     assert "\n" not in error

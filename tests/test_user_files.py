@@ -1,4 +1,4 @@
-"""Files as people have them: compressed, of other layouts, in several parts, with odd labels."""
+"""Tests of users' files: formats, compression, layouts, several parts and unusual labels."""
 
 import bz2
 import csv
@@ -44,13 +44,14 @@ def csv_text(delimiter: str = ",") -> str:
     return out.getvalue()
 
 
-def table() -> pa.Table:
+def make_table() -> pa.Table:
     return pa.Table.from_pylist(ROWS)
 
 
 def write_ipc(path, stream: bool) -> None:
-    with (pa.ipc.new_stream if stream else pa.ipc.new_file)(str(path), table().schema) as writer:
-        writer.write_table(table(), max_chunksize=5)
+    table, open_writer = make_table(), pa.ipc.new_stream if stream else pa.ipc.new_file
+    with open_writer(str(path), table.schema) as writer:
+        writer.write_table(table, max_chunksize=5)
 
 
 def write_excel(path) -> None:
@@ -105,11 +106,11 @@ def read_back(path, label: str | None = "label") -> list:
 
 
 @pytest.mark.parametrize("name", WRITERS)
-def test_training_and_prediction_read_the_same_rows_of_every_format(tmp_path, name):
+def test_every_format_gives_same_rows_for_training_and_prediction(tmp_path, name):
     WRITERS[name](tmp_path / name)
-    labelled, alone = read_back(tmp_path / name), read_back(tmp_path / name, None)
+    labelled, unlabelled = read_back(tmp_path / name), read_back(tmp_path / name, None)
     assert [r.values for r in labelled] == [tuple(row.values()) for row in ROWS]
-    assert [r.values for r in alone] == [(text,) for text in TEXTS]
+    assert [r.values for r in unlabelled] == [(text,) for text in TEXTS]
     assert [r.row for r in labelled] == list(range(1, 13))
     assert load(tmp_path / name).classes == ("ham", "spam")
     assert set(column_names(tmp_path / name)) >= {"text", "label"}
@@ -118,10 +119,10 @@ def test_training_and_prediction_read_the_same_rows_of_every_format(tmp_path, na
 @pytest.mark.parametrize(
     "name", [name for name in WRITERS if name.endswith((".gz", ".bz2", ".xz"))]
 )
-def test_a_compressed_file_that_is_cut_short_is_one_line(tmp_path, name):
+def test_truncated_compressed_file_is_refused_in_one_line(tmp_path, name):
     WRITERS[name](tmp_path / name)
-    whole = (tmp_path / name).read_bytes()
-    (tmp_path / name).write_bytes(whole[: len(whole) - 9])
+    content = (tmp_path / name).read_bytes()
+    (tmp_path / name).write_bytes(content[: len(content) - 9])
     with pytest.raises(UserError, match=r"could not read .*rows") as error:
         read_back(tmp_path / name)
     assert "\n" not in str(error.value)
@@ -135,52 +136,49 @@ FIELDS = st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size
     rows=st.lists(st.tuples(FIELDS, FIELDS), min_size=1, max_size=8),
     quoting=st.sampled_from([csv.QUOTE_MINIMAL, csv.QUOTE_ALL]),
 )
-def test_what_the_csv_module_writes_reads_back(tmp_path_factory, rows, quoting):
+def test_output_of_the_csv_module_is_read_back(tmp_path_factory, rows, quoting):
     path = tmp_path_factory.getbasetemp() / "any.csv"
     with path.open("w", newline="", encoding="utf-8") as file:
         csv.writer(file, quoting=quoting).writerows([("text", "label"), *rows])
-    wanted = [tuple(value or None for value in row) for row in rows]
-    assert [record.values for record in read_back(path)] == wanted
-    assert [record.values for record in read_back(path, None)] == [row[:1] for row in wanted]
+    expected = [tuple(value or None for value in row) for row in rows]
+    assert [record.values for record in read_back(path)] == expected
+    assert [record.values for record in read_back(path, None)] == [row[:1] for row in expected]
 
 
-def test_an_empty_row_within_a_sheet_is_a_row(tmp_path):
+def test_empty_row_within_a_sheet_is_kept(tmp_path):
     import openpyxl
 
     book = openpyxl.Workbook()
     for row in (["text", "label"], ["a", 1], [None, None], [None, None], ["b", 2], [None, None]):
         book.active.append(row)
     book.save(tmp_path / "rows.xlsx")
-    found = [(record.row, record.values) for record in read_back(tmp_path / "rows.xlsx")]
-    assert found == [(1, ("a", "1")), (2, (None, None)), (3, (None, None)), (4, ("b", "2"))]
+    records = [(record.row, record.values) for record in read_back(tmp_path / "rows.xlsx")]
+    assert records == [(1, ("a", "1")), (2, (None, None)), (3, (None, None)), (4, ("b", "2"))]
 
 
-def test_a_long_element_of_an_array_is_whole_and_a_damaged_one_is_named(tmp_path):
+def test_long_json_array_element_is_read_and_damaged_one_refused(tmp_path):
     numbers = list(range(5000))
     rows = [{"text": f"t{i}", "label": "x", "numbers": numbers, "more": {"n": i}} for i in range(3)]
     content = json.dumps(rows, indent=1)
     (tmp_path / "rows.json").write_text(content)
     assert [record.values[0] for record in read_back(tmp_path / "rows.json")] == ["t0", "t1", "t2"]
-    for damaged in (
-        content.replace("4000,", "4000", 1),
-        content[:-2],
-        content.replace('"x"', '"x'),
-    ):
+    no_comma, no_end = content.replace("4000,", "4000", 1), content[:-2]
+    for damaged in (no_comma, no_end, content.replace('"x"', '"x')):
         (tmp_path / "rows.json").write_text(damaged)
         with pytest.raises(UserError, match="JSON array that is damaged in line"):
             read_back(tmp_path / "rows.json")
 
 
-def test_several_files_are_one_split(tmp_path):
+def test_several_files_are_read_as_one_split(tmp_path):
     folder = tmp_path / "parts"
     folder.mkdir()
     for i in range(3):
-        pq.write_table(table().slice(4 * i, 4), folder / f"part-{i}.parquet")
+        pq.write_table(make_table().slice(4 * i, 4), folder / f"part-{i}.parquet")
     (folder / ".part-9.parquet").write_bytes(b"hidden")
     (folder / "README").write_text("no table")
     parts = sorted(folder.glob("part-*"))
-    for name in (folder, folder / "part-*.parquet", "+".join(map(str, parts))):
-        assert load(name).digest() == load(folder).digest()
+    for source in (folder, folder / "part-*.parquet", "+".join(map(str, parts))):
+        assert load(source).digest() == load(folder).digest()
     dataset = load(folder, parts[1])
     assert [t for (t,) in dataset.train.texts] == TEXTS
     assert [t for (t,) in dataset.validation.texts] == TEXTS[4:8]
@@ -188,12 +186,12 @@ def test_several_files_are_one_split(tmp_path):
         load(folder / "part-*.csv")
 
 
-def test_a_file_may_have_a_comma_in_its_name(tmp_path):
+def test_file_name_may_contain_a_comma(tmp_path):
     (tmp_path / "a,b.csv").write_text(csv_text())
     assert load(tmp_path / "a,b.csv").classes == ("ham", "spam")
 
 
-def test_an_error_names_its_file_among_several(tmp_path):
+def test_error_names_the_file_among_several(tmp_path):
     for name in "ab":
         (tmp_path / f"{name}.csv").write_text(csv_text() + ("x,\n" if name == "b" else ""))
     with pytest.raises(UserError, match=r"column 'label' is empty in row 13 .*of .*b\.csv"):
@@ -206,7 +204,7 @@ def test_an_error_names_its_file_among_several(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("header", "named"),
+    ("header", "column"),
     [
         ('"text, original",label', "text, original"),
         ('"a, b, c",label', "a, b, c"),
@@ -217,14 +215,14 @@ def test_an_error_names_its_file_among_several(tmp_path):
         ("the text,label", "the text"),
     ],
 )
-def test_a_column_is_found_by_its_whole_name(tmp_path, header, named):
+def test_column_is_found_by_its_full_name(tmp_path, header, column):
     (tmp_path / "rows.csv").write_text(header + "\n" + csv_text().split("\n", 1)[1])
-    dataset = load(tmp_path / "rows.csv", text_columns=named)
+    dataset = load(tmp_path / "rows.csv", text_columns=column)
     assert len(dataset.task.text_columns) == 1
     assert len(dataset.train.texts) + len(dataset.validation.texts) == 12
 
 
-def test_names_with_a_comma_stand_in_quotes(tmp_path):
+def test_quoted_column_names_may_contain_commas(tmp_path):
     (tmp_path / "rows.csv").write_text(
         '"a, b","c, d",label\n' + "".join(f"x{i},y,{'kl'[i % 2]}\n" for i in range(9))
     )
@@ -244,18 +242,16 @@ def test_names_with_a_comma_stand_in_quotes(tmp_path):
         ("rows.tsv", "id,text", ("id,text",)),
     ],
 )
-def test_the_separator_is_found_by_a_list_of_columns_or_by_one_that_is_named_so(
-    tmp_path, name, header, names
-):
+def test_csv_separator_is_inferred_from_requested_columns(tmp_path, name, header, names):
     (tmp_path / name).write_text(f"{header}\n")
     assert column_names(tmp_path / name, "id,text") == names
 
 
-def test_names_may_stand_on_several_lines():
+def test_column_names_may_span_several_lines():
     assert parse_names('a,\n "b\nc"\r\nd') == ("a", "b\nc", "d")
 
 
-def test_a_data_set_saved_on_disk(tmp_path):
+def test_dataset_saved_to_disk_is_read_with_its_splits(tmp_path):
     features = datasets.Features(
         {
             "id": datasets.Value("int64"),
@@ -264,30 +260,24 @@ def test_a_data_set_saved_on_disk(tmp_path):
         }
     )
     rows = {"id": range(12), "review": TEXTS, "stars": [i % 2 for i in range(12)]}
-    whole = datasets.Dataset.from_dict(rows, features=features)
-    whole.save_to_disk(str(tmp_path / "one"))
-    datasets.DatasetDict({"train": whole, "test": whole.select(range(4))}).save_to_disk(
-        str(tmp_path / "two")
-    )
+    saved = datasets.Dataset.from_dict(rows, features=features)
+    saved.save_to_disk(str(tmp_path / "one"))
+    splits = {"train": saved, "test": saved.select(range(4))}
+    datasets.DatasetDict(splits).save_to_disk(str(tmp_path / "two"))
 
     def read(name, **values):
         return load_dataset(Config(task="own", dataset=str(tmp_path / name), **values))
 
-    one, two = read("one"), read("two")
-    assert one.task.text_columns == ("review",)
-    assert one.task.label_column == "stars"
-    assert one.classes == two.classes == ("bad", "good")
-    assert len(one.train.texts) + len(one.validation.texts) == 12
-    assert (len(two.train.texts), len(two.validation.texts)) == (12, 4)
-    assert (one.repeated, two.repeated) == (
-        0,
-        len(set(two.validation.texts) & set(two.train.texts)),
-    )
-    assert (
-        len(read("two", splits="test").train.texts)
-        + len(read("two", splits="test").validation.texts)
-        == 4
-    )
+    without_splits, with_splits = read("one"), read("two")
+    assert without_splits.task.text_columns == ("review",)
+    assert without_splits.task.label_column == "stars"
+    assert without_splits.classes == with_splits.classes == ("bad", "good")
+    assert len(without_splits.train.texts) + len(without_splits.validation.texts) == 12
+    assert (len(with_splits.train.texts), len(with_splits.validation.texts)) == (12, 4)
+    repeated = set(with_splits.validation.texts) & set(with_splits.train.texts)
+    assert (without_splits.repeated, with_splits.repeated) == (0, len(repeated))
+    one_split = read("two", splits="test")
+    assert len(one_split.train.texts) + len(one_split.validation.texts) == 4
     (tmp_path / "one" / "dataset_info.json").write_text("{")
     with pytest.raises(UserError, match=r"could not read the saved data set .*one': "):
         read("one")
@@ -299,7 +289,7 @@ def test_a_data_set_saved_on_disk(tmp_path):
         load_dataset(Config(task="own", dataset="b", data_files="a"))
 
 
-def test_invalid_rows_are_left_out_only_when_asked(tmp_path, caplog):
+def test_invalid_rows_are_skipped_only_with_skip_invalid(tmp_path, caplog):
     content = csv_text() + ",ham\nno label,\nthree,fields,here\n \t,spam\n"
     (tmp_path / "rows.csv").write_text(content)
     with pytest.raises(UserError, match=r"row 15 \(line 16\): 3 fields, but the header has 2"):
@@ -312,7 +302,7 @@ def test_invalid_rows_are_left_out_only_when_asked(tmp_path, caplog):
     assert "row 13 (line 14): column 'text' is empty; row 14 (line 15): column 'label'" in line
 
 
-def test_empty_files_of_a_folder_are_left_out_when_asked(tmp_path, caplog):
+def test_empty_text_files_are_skipped_with_skip_invalid(tmp_path, caplog):
     for number, (text, label) in enumerate(zip([*TEXTS, " "], [*LABELS, "ham"], strict=True)):
         (tmp_path / label).mkdir(exist_ok=True)
         (tmp_path / label / f"{number:02}.txt").write_text(text)
@@ -324,7 +314,7 @@ def test_empty_files_of_a_folder_are_left_out_when_asked(tmp_path, caplog):
     assert "ham/12.txt' is empty" in line
 
 
-def test_a_class_of_one_repeated_text_stays_in_training(tmp_path):
+def test_class_of_one_repeated_text_stays_in_training(tmp_path):
     rows = csv_text() + "the same,other\n" * 6
     (tmp_path / "rows.csv").write_text(rows)
     for seed in range(4):
@@ -335,7 +325,7 @@ def test_a_class_of_one_repeated_text_stays_in_training(tmp_path):
         assert len(dataset.validation.labels) > 0
 
 
-def test_a_label_without_training_rows_is_shown_with_its_text(tmp_path):
+def test_error_for_label_without_training_rows_quotes_a_text(tmp_path):
     (tmp_path / "t.csv").write_text(csv_text())
     (tmp_path / "v.csv").write_text(csv_text() + "first of two,Spam\nsecond,Spam\n")
     with pytest.raises(UserError, match=r"label 'Spam' \(2 rows, the text 'first of two'\)"):
@@ -350,7 +340,9 @@ def test_a_label_without_training_rows_is_shown_with_its_text(tmp_path):
         (("-1", "1"), ("-1.0", "1"), ("-1", "1")),
     ],
 )
-def test_a_whole_number_is_one_label_in_both_files(tmp_path, train, validation, classes):
+def test_integer_labels_match_between_training_and_validation_files(
+    tmp_path, train, validation, classes
+):
     for name, labels in (("t", train), ("v", validation)):
         rows = [f"{name}{i},{labels[i % 2]}\n" for i in range(6)]
         (tmp_path / f"{name}.csv").write_text("text,label\n" + "".join(rows))
@@ -359,8 +351,7 @@ def test_a_whole_number_is_one_label_in_both_files(tmp_path, train, validation, 
     assert dataset.validation.labels.tolist() == [0, 1] * 3
 
 
-def test_labels_of_one_file_are_classes_as_they_are_written(tmp_path):
-    (tmp_path / "rows.csv").write_text("text,label\n" + "a{0},1\nb{0},1.0\nc{0},01\n" * 3)
+def test_labels_of_one_file_are_classes_by_their_spelling(tmp_path):
     (tmp_path / "rows.csv").write_text(
         "text,label\n" + "".join(f"t{i},{('1', '1.0', '01')[i % 3]}\n" for i in range(9))
     )
@@ -379,19 +370,19 @@ def test_labels_of_one_file_are_classes_as_they_are_written(tmp_path):
         ("ﬁn", "fin"),
     ],
 )
-def test_labels_that_look_alike_are_named(names):
+def test_similar_labels_are_warned_about(names):
     (warning,) = label_warnings({names[0]: 3, "other": 30, names[1]: 4})
     assert all(f"{name!a} ({count})" in warning for name, count in zip(names, (3, 4), strict=True))
     assert not label_warnings({names[0]: 7, "other": 30})
 
 
-def test_large_numbers_are_no_look_alikes():
+def test_large_numeric_labels_are_not_similar():
     assert not label_warnings({str(2**63): 5, str(2**63 + 1): 5})
 
 
-def test_labels_that_look_like_measurements_or_ids_are_named():
-    measured = {f"{i / 10}": 2 for i in range(51)}
-    (warning,) = label_warnings(measured)
+def test_labels_like_measurements_or_ids_are_warned_about():
+    measurements = {f"{i / 10}": 2 for i in range(51)}
+    (warning,) = label_warnings(measurements)
     assert warning.startswith("the labels are 51 different numbers, such as 0.0")
     assert not label_warnings({str(i): 2 for i in range(20)})  # numbers of classes
     assert not label_warnings({"0.0": 10, "0.5": 10, "1.0": 10})  # half stars
@@ -399,13 +390,13 @@ def test_labels_that_look_like_measurements_or_ids_are_named():
     assert "id" in warning
 
 
-def test_an_id_is_no_label(tmp_path):
+def test_column_with_a_different_label_in_every_row_is_refused(tmp_path):
     (tmp_path / "rows.csv").write_text("text,label\n" + "".join(f"t{i},{i}\n" for i in range(40)))
     with pytest.raises(UserError, match=r"all 40 rows have different labels .*--config\.label"):
         load(tmp_path / "rows.csv")
 
 
-def test_long_labels_are_cut_where_they_are_shown(tmp_path):
+def test_long_labels_are_shortened_in_messages(tmp_path):
     names = [letter * 100_000 for letter in "ab"]
     assert len(describe_classes(dict.fromkeys(names, 9))) < 200
     assert len("".join(label_warnings({names[0]: 3, f"{names[0]} ": 9}))) < 400
@@ -418,7 +409,7 @@ def test_long_labels_are_cut_where_they_are_shown(tmp_path):
     assert len(str(error.value)) < 400
 
 
-def test_the_classes_are_listed_with_their_rows():
+def test_classes_are_described_with_their_row_counts():
     assert describe_classes({"a": 2, "b": 9}) == "2 classes (rows of each): 'b' 9, 'a' 2"
     line = describe_classes({f"c{i}": i for i in range(1, 31)})
     assert line.startswith("30 classes (rows of each): 'c30' 30, 'c29' 29")
@@ -427,27 +418,27 @@ def test_the_classes_are_listed_with_their_rows():
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_a_class_of_one_row_stays_in_training(seed):
+def test_stratified_split_keeps_class_of_one_row_in_training(seed):
     labels = np.asarray([0] * 30 + [1] * 30 + [2] + [3] * 2)
     for fraction in (0.1, 0.5, 0.9):
-        kept, held = stratified_split(labels, fraction, np.random.default_rng(seed))
-        assert set(labels[kept]) == {0, 1, 2, 3}
-        assert 2 not in labels[held]
-        assert len(kept) + len(held) == 63
+        training, validation = stratified_split(labels, fraction, np.random.default_rng(seed))
+        assert set(labels[training]) == {0, 1, 2, 3}
+        assert 2 not in labels[validation]
+        assert len(training) + len(validation) == 63
 
 
-def test_the_rows_drawn_have_every_class():
+def test_drawn_training_rows_have_every_class():
     labels = np.asarray([0] * 990 + [1] * 5 + [2] * 5)
     for seed in range(20):
         config = Config(train_size=20, calibration="held_out")
-        kept, held = split_calibration_rows(labels, config, seed)
-        assert set(labels[kept]) == {0, 1, 2}
-        assert len(kept) + len(held) == 20
+        training, calibration = split_calibration_rows(labels, config, seed)
+        assert set(labels[training]) == {0, 1, 2}
+        assert len(training) + len(calibration) == 20
     with pytest.raises(UserError, match="the 1 training rows drawn are all of one class"):
         split_calibration_rows(labels, Config(train_size=1, calibration="held_out"), 0)
 
 
-def test_rare_classes_do_not_stop_a_run_s_own_split(tmp_path):
+def test_split_of_one_file_works_with_rare_classes(tmp_path):
     rng = random.Random(0)
     names = ["pos", "neg"] * 60 + ["rare a", "rare b", "rare c"]
     rows = "".join(f"text {rng.random()},{name}\n" for name in names)
@@ -458,65 +449,65 @@ def test_rare_classes_do_not_stop_a_run_s_own_split(tmp_path):
 
 
 @pytest.mark.slow
-def test_damaged_files_are_read_or_refused_in_one_line():
-    script = Path(__file__).with_name("fuzz_inputs.py")  # its memory is measured: a process
+def test_mutated_files_are_read_or_refused_in_one_line():
+    script = Path(__file__).with_name("fuzz_inputs.py")  # a process, because it measures its memory
     command = [sys.executable, str(script), "--count=400", "--seed=1"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout
+    process = subprocess.run(command, capture_output=True, text=True)
+    assert process.returncode == 0, process.stdout
 
 
-RECORDS = '{"text": "a", "label": "x", "more": {"n": 1}}'
+RECORD = '{"text": "a", "label": "x", "more": {"n": 1}}'
 LAYOUTS = {  # each has two records
-    "two arrays": f"[{RECORDS}]\n[{RECORDS}]",
-    "a list of objects without indentation": f'{{"data": [\n{RECORDS},\n{RECORDS}\n]}}',
+    "two arrays": f"[{RECORD}]\n[{RECORD}]",
+    "a list of objects without indentation": f'{{"data": [\n{RECORD},\n{RECORD}\n]}}',
     "columns in another order": '{"text": {"0": "a", "1": "b"}, "label": {"1": "y", "0": "x"}}',
 }
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_layouts_of_json_lose_no_record(tmp_path, name):
+def test_json_layouts_keep_every_record(tmp_path, name):
     (tmp_path / "rows.json").write_text(LAYOUTS[name])
-    found = read_back(tmp_path / "rows.json")
-    assert len(found) == 2
-    assert found[0].values == ("a", "x")
-    assert found[1].values in (("a", "x"), ("b", "y"))
+    records = read_back(tmp_path / "rows.json")
+    assert len(records) == 2
+    assert records[0].values == ("a", "x")
+    assert records[1].values in (("a", "x"), ("b", "y"))
 
 
-def test_a_row_that_holds_a_list_is_a_row(tmp_path):
+def test_json_line_with_a_list_is_read_as_a_row(tmp_path):
     (tmp_path / "rows.jsonl").write_text('{"text": "a", "label": "x", "data": []}\n')
     assert [record.values for record in read_back(tmp_path / "rows.jsonl")] == [("a", "x")]
 
 
-def test_a_long_list_of_nested_objects_is_read_in_time(tmp_path):
+def test_long_list_of_nested_objects_is_read(tmp_path):
     rows = [{"text": f"t{i}", "label": "x", "more": {"n": i}} for i in range(3000)]
     (tmp_path / "rows.json").write_text(json.dumps({"data": rows}, indent=2))
     assert len(read_back(tmp_path / "rows.json")) == 3000
 
 
-def test_a_quote_across_two_rows_swallows_neither(tmp_path):
+def test_unclosed_quote_does_not_merge_csv_rows(tmp_path):
     path = tmp_path / "rows.csv"
     path.write_text('id,text,label\n1,"open,pos\n2,fine,neg\n3,ok",pos\n4,last,neg\n')
-    found = list(read_records(path, Columns(("text",), "label")))
-    assert len(found) == 4
-    assert found[0].error is not None
-    assert found[1].values == ("fine", "neg")
+    records = list(read_records(path, Columns(("text",), "label")))
+    assert len(records) == 4
+    assert records[0].error is not None
+    assert records[1].values == ("fine", "neg")
 
 
-def test_a_column_of_one_field_does_not_swallow_a_file(tmp_path):
+def test_unclosed_quote_does_not_merge_rows_of_a_single_column(tmp_path):
     (tmp_path / "rows.csv").write_text('text\n"open\n' + "fine\n" * 3000 + 'end"\n')
-    found = list(read_records(tmp_path / "rows.csv", Columns(("text",))))
-    assert len(found) == 3002
-    assert sum(record.error is None for record in found) >= 3000
+    records = list(read_records(tmp_path / "rows.csv", Columns(("text",))))
+    assert len(records) == 3002
+    assert sum(record.error is None for record in records) >= 3000
 
 
-def test_numbers_are_one_label_in_all_files_of_a_split(tmp_path):
+def test_integer_labels_match_between_files_of_one_split(tmp_path):
     for name, labels in (("i", ("0", "1")), ("f", ("0.0", "1.0"))):
         rows = [f"{name}{i},{labels[i % 2]}\n" for i in range(8)]
         (tmp_path / f"{name}.csv").write_text("text,label\n" + "".join(rows))
     assert load(f"{tmp_path}/i.csv+{tmp_path}/f.csv").classes == ("0", "1")
 
 
-def test_a_folder_s_files_may_be_utf_16(tmp_path):
+def test_text_files_of_a_folder_may_be_utf16(tmp_path):
     for i in range(6):
         file = tmp_path / "ab"[i % 2] / f"{i}.txt"
         file.parent.mkdir(exist_ok=True)
@@ -525,25 +516,25 @@ def test_a_folder_s_files_may_be_utf_16(tmp_path):
     assert ("text 0",) in dataset.train.texts + dataset.validation.texts
 
 
-@pytest.mark.parametrize("damage", [range(10, 14), range(40, 60)])
+@pytest.mark.parametrize("positions", [range(10, 14), range(40, 60)])
 @pytest.mark.parametrize("name", [name for name in WRITERS if name.endswith((".gz", ".xz"))])
-def test_a_damaged_compressed_file_is_one_line(tmp_path, name, damage):
+def test_damaged_compressed_file_is_refused_in_one_line(tmp_path, name, positions):
     WRITERS[name](tmp_path / name)
     data = bytearray((tmp_path / name).read_bytes())
-    for place in damage:
-        data[place] ^= 0xFF
+    for position in positions:
+        data[position] ^= 0xFF
     (tmp_path / name).write_bytes(bytes(data))
     with pytest.raises(UserError) as error:
         load(tmp_path / name)
     assert "\n" not in str(error.value)
 
 
-def test_a_header_with_a_blank_is_found_in_parquet(tmp_path):
-    pq.write_table(table().rename_columns(["text", " label"]), tmp_path / "rows.parquet")
+def test_parquet_column_name_with_a_leading_space_is_found(tmp_path):
+    pq.write_table(make_table().rename_columns(["text", " label"]), tmp_path / "rows.parquet")
     assert load(tmp_path / "rows.parquet").classes == ("ham", "spam")
 
 
-def test_a_long_list_of_files_is_no_file_name(tmp_path):
+def test_long_list_of_files_is_not_taken_for_a_file_name(tmp_path):
     for i in range(40):
         (tmp_path / f"part-{i:03}.csv").write_text(f"text,label\ntext {i},{'xy'[i % 2]}\n")
     listed = "+".join(str(path) for path in sorted(tmp_path.iterdir()))
@@ -551,7 +542,7 @@ def test_a_long_list_of_files_is_no_file_name(tmp_path):
     assert len(dataset.train.texts) + len(dataset.validation.texts) == 40
 
 
-def test_what_is_not_read_of_a_folder_or_pattern_is_named(tmp_path, caplog):
+def test_ignored_files_of_folder_or_pattern_are_logged(tmp_path, caplog):
     (tmp_path / "parts" / "old").mkdir(parents=True)
     for name in ("a.csv", "b.CSV", "part-00003", "c.csv.zip", "notes.txt", ".hidden"):
         (tmp_path / "parts" / name).write_text(csv_text())
@@ -567,7 +558,7 @@ def test_what_is_not_read_of_a_folder_or_pattern_is_named(tmp_path, caplog):
     assert caplog.messages[-1] == f"ignored in '{tmp_path}/parts/[ao]*': '{tmp_path}/parts/old'"
 
 
-def test_texts_of_a_folder_have_suffixes_in_any_case_and_no_tables_beside_them(tmp_path, caplog):
+def test_folder_of_texts_takes_suffixes_in_any_case_and_refuses_tables(tmp_path, caplog):
     for name in ("x/1.txt", "y/1.TXT", "y/2.md", "y/deep/1.txt", "z/1.doc"):
         (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
         (tmp_path / name).write_text("a text")
@@ -575,6 +566,6 @@ def test_texts_of_a_folder_have_suffixes_in_any_case_and_no_tables_beside_them(t
     listed = ", ".join(repr(f"{tmp_path}/{name}") for name in ("y/2.md", "y/deep", "z"))
     assert caplog.messages == [f"ignored in '{tmp_path}': {listed}"] * 2
     (tmp_path / "notes.csv").write_text(csv_text())
-    refusal = r"has tables, such as 'notes.csv', and folders of texts, such as 'x': pass .*/\*\.csv"
-    with pytest.raises(UserError, match=refusal):
+    message = r"has tables, such as 'notes.csv', and folders of texts, such as 'x': pass .*/\*\.csv"
+    with pytest.raises(UserError, match=message):
         load(tmp_path)
