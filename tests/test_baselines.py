@@ -7,7 +7,7 @@ import warnings
 import numpy as np
 import pytest
 
-from sweet_jax import ExitOutputs
+from sweet_jax import ExitOutputs, text_baselines
 from sweet_jax.baselines import _without_encoder
 from sweet_jax.config import from_mapping
 from sweet_jax.errors import UserError
@@ -18,14 +18,11 @@ from sweet_jax.exits.outputs import RunIdentity
 from sweet_jax.objectives.decision_thresholds import best_f1_shifts
 from sweet_jax.objectives.multi_label import MULTI_LABEL
 from sweet_jax.preparation import prepare
-from sweet_jax.report import baselines as module
 from sweet_jax.report.baselines import (
     Baseline,
     baseline_title,
-    constant_predictions,
     load_baselines,
     save_baselines,
-    tfidf_predictions,
 )
 from sweet_jax.report.charts import curve_chart
 from sweet_jax.report.console import exit_table
@@ -41,6 +38,7 @@ from sweet_jax.report.shortfalls import (
     shortfall_warning,
 )
 from sweet_jax.report.traces import baseline_traces
+from sweet_jax.text_baselines import constant_predictions, tfidf_predictions
 
 SCRIPT = "<script>document.title='broken'</script>"
 ROWS = 300
@@ -148,7 +146,7 @@ def test_tfidf_tunes_its_penalty_on_the_tuning_rows(monkeypatch):
     # With 95 rows of class 0 to 5 of class 1, a strong penalty answers 0 everywhere.
     texts = [("bad",)] * 95 + [("good",)] * 5
     labels = np.repeat([0, 1], [95, 5])
-    monkeypatch.setattr(module, "_INVERSE_PENALTIES", (1e-4, 100.0))
+    monkeypatch.setattr(text_baselines, "_INVERSE_PENALTIES", (1e-4, 100.0))
     predicted = tfidf_predictions(
         texts, labels, [("bad",), ("good",)], tuning=([("good",)], np.asarray([1]))
     )
@@ -160,34 +158,34 @@ def test_tfidf_tunes_its_penalty_on_the_tuning_rows(monkeypatch):
 
 
 def test_tfidf_is_fitted_on_a_bounded_sample(monkeypatch):
-    monkeypatch.setattr(module, "_ROWS", 50)
+    monkeypatch.setattr(text_baselines, "_ROWS", 50)
     texts, labels = sentences(400)
-    drawn = module._drawn(texts, 0)
+    drawn = text_baselines._drawn(texts, 0)
     assert len(drawn) == 50
     assert (np.diff(drawn) > 0).all()
-    assert not np.array_equal(drawn, module._drawn(texts, 1))
+    assert not np.array_equal(drawn, text_baselines._drawn(texts, 1))
     predicted = tfidf_predictions(texts, labels, texts)
     np.testing.assert_array_equal(predicted, tfidf_predictions(texts, labels, texts))
     np.testing.assert_array_equal(predicted, labels)
-    monkeypatch.setattr(module, "_CHARACTERS", 200)  # texts have 24 characters
-    assert len(module._drawn(texts, 0)) == 8
-    monkeypatch.setattr(module, "_CHARACTERS", 1)
-    assert len(module._drawn(texts, 0)) == 1
-    monkeypatch.setattr(module, "_WEIGHTS", 30)
-    (fitted,) = module._fit_features(texts, 10)
+    monkeypatch.setattr(text_baselines, "_CHARACTERS", 200)  # texts have 24 characters
+    assert len(text_baselines._drawn(texts, 0)) == 8
+    monkeypatch.setattr(text_baselines, "_CHARACTERS", 1)
+    assert len(text_baselines._drawn(texts, 0)) == 1
+    monkeypatch.setattr(text_baselines, "_WEIGHTS", 30)
+    (fitted,) = text_baselines._fit_vectorizers(texts, 10)
     assert len(fitted.vocabulary_) == 3
-    monkeypatch.setattr(module, "_LONGEST", 3)
-    assert module._columns([("abcdef", "x")]) == [["abc"], ["x"]]
+    monkeypatch.setattr(text_baselines, "_LONGEST", 3)
+    assert text_baselines._columns([("abcdef", "x")]) == [["abc"], ["x"]]
 
 
 def test_tfidf_predicts_many_rows_in_batches(monkeypatch):
-    monkeypatch.setattr(module, "_AT_ONCE", 7)
+    monkeypatch.setattr(text_baselines, "_AT_ONCE", 7)
     texts, labels = sentences(100)
     np.testing.assert_array_equal(tfidf_predictions(texts, labels, texts), labels)
 
 
 def test_tfidf_emits_no_warnings_when_iterations_run_out(monkeypatch):
-    monkeypatch.setattr(module, "_WORK", 0)  # 20 iterations
+    monkeypatch.setattr(text_baselines, "_WORK", 0)  # 20 iterations
     texts, labels = sentences(300)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -220,13 +218,8 @@ def test_label_of_a_single_fold_is_not_predicted_in_that_fold():
     labels = np.zeros((20, 2), bool)
     labels[3, 0], labels[::2, 1] = True, True
     features = labels + np.random.default_rng(0).random((20, 2))
-
-    def fit(rows):
-        return module._fit_model(
-            MULTI_LABEL.linear.text_model(1.0, 100), features[rows], labels[rows]
-        )
-
-    logits = module._cross_validated(fit, features, labels)
+    data = text_baselines._TrainingData(features, labels, 2, MULTI_LABEL, 100)
+    logits = text_baselines._held_out_logits(data)
     assert np.isneginf(logits[3]).tolist() == [True, False]
     assert np.isneginf(logits).sum() == 4  # its fold
     assert best_f1_shifts(logits, labels)[0] == 0
