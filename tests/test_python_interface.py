@@ -1,12 +1,18 @@
 """What a user of the Python interface reads: messages, representations and types."""
 
+import datasets
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pytest
 
 import sweet_jax
-from sweet_jax import UserError
+from sweet_jax import AdaptiveClassifier, ExitOutputs, UserError
+from sweet_jax.exits.analysis import analyse
+from sweet_jax.exits.outputs import RunIdentity
+from sweet_jax.inference.engine_table import engine_name
 from sweet_jax.inference.predictions import rows_of
+from sweet_jax.inference.text_tables import TextTable
 
 
 def message_of(call) -> str:
@@ -73,3 +79,82 @@ def test_columns_in_place_of_their_names_are_refused(frame, tmp_path):
     key = message_of(lambda: call(text="text", checkpoint=long.text))
     assert key.startswith("checkpoint must be text (str); got 0 good 1 bad")
     assert max(map(len, (label, text, key))) < 250
+
+
+def test_the_encoder_of_a_run_s_folder_is_asked_for_by_its_model(tmp_path):
+    run = tmp_path / "run"
+    (run / "model").mkdir(parents=True)
+    (run / "config.json").write_text("{}")
+    (run / "model" / "exits.json").write_text("{}")
+    expected = f"{str(run)!r} is the folder of a run: pass {str(run / 'model')!r}"
+    assert message_of(lambda: sweet_jax.load_encoder(run)) == expected
+    assert message_of(lambda: AdaptiveClassifier.from_pretrained(run)) == expected
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"layers": [1.5, 2]}, r"layers must be whole numbers; got \[1\.5 2\. \]"),
+        ({"layers": ["1", "2"]}, "layers must be whole numbers"),
+        (
+            {"labels": ["World", "Sports", "World"]},
+            "labels must be indices of classes; got 'World'",
+        ),
+        ({"labels": ["0", "1", "2"]}, "labels must be indices of classes; got '0'"),
+        ({"labels": pd.Series(["b", "a", "b"])}, "labels must be indices of classes; got 'b'"),
+        ({"labels": [0, None, 1]}, "labels must be indices of classes; got None"),
+    ],
+)
+def test_outputs_refuse_layers_and_labels_that_are_no_numbers(changes, message):
+    values = {"logits": np.zeros((2, 3, 4)), "labels": [0, 1, 2], "layers": [1, 2], **changes}
+    with pytest.raises(ValueError, match=message):
+        ExitOutputs(**values)
+
+
+def test_outputs_take_lists_and_the_logits_of_a_diverged_exit():
+    logits = np.zeros((2, 3, 4))
+    logits[1] = np.nan
+    outputs = ExitOutputs(logits.tolist(), np.asarray([0, 1, 2], object), [1.0, 2.0])
+    assert outputs.layers.dtype == outputs.labels.dtype == np.int64
+    assert np.isnan(outputs.logits[0, 1]).all()
+
+
+def test_the_repr_of_outputs_of_a_curve_and_of_an_analysis_are_short():
+    logits = np.random.default_rng(0).normal(size=(2, 3, 60, 4))
+    labels = np.arange(60) % 4
+    outputs = ExitOutputs(logits, labels, [1, 2, 6], identity=RunIdentity(split="validation"))
+    shown = "ExitOutputs(split='validation', R=2, E=3, N=60, C=4, layers=[1 2 6])"
+    assert repr(outputs) == shown
+    curve = sweet_jax.simulate(outputs, thresholds=[0.3, 0.4])
+    assert repr(curve) == "Curve(R=2, T=2, E=3)"
+    found = repr(analyse(outputs, outputs))
+    assert found.startswith(f"Analysis(policy='confidence', calibration={shown}, validation=")
+    assert len(found) < 250
+
+
+def test_the_repr_of_a_classifier_says_what_it_runs(sweet, tmp_path):
+    classifier = sweet.classifier.at("confidence", threshold=0.4)
+    assert repr(classifier) == (
+        f"AdaptiveClassifier({str(classifier.model.folder)!r}, policy='confidence', "
+        "threshold=0.4, engine='jax', layers=(2, 3, 4), 2 classes)"
+    )
+    assert "threshold=inf" in repr(classifier.at(threshold=np.inf))
+
+    class OwnEngine:
+        pass
+
+    assert engine_name(OwnEngine()) == "OwnEngine"
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        pd.DataFrame({"text": ["a"]}),
+        pa.table({"text": ["a"]}),
+        pa.record_batch({"text": ["a"]}),
+        datasets.Dataset.from_dict({"text": ["a"]}),
+    ],
+)
+def test_tables_have_the_type_that_predict_declares(table):
+    assert isinstance(table, TextTable)
+    assert list(rows_of(table, ("text",))) == ["a"]
