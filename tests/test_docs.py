@@ -229,6 +229,9 @@ LEVELS = [
 
 def test_what_the_python_page_describes_is_imported_from_the_package():
     page = (ROOT / "docs/reference/python.md").read_text()
+    page, others = page.split("## Objects they refer to")
+    for module, name in re.findall(r"^::: ([\w.]+)\.(\w+)$", others, re.MULTILINE):
+        assert name not in sweet_jax.__all__, module
     names = re.findall(r"^::: sweet_jax[\w.]*\.(\w+)$", page, re.MULTILINE)
     assert sorted(names) == sorted(sweet_jax.__all__)
     assert {*names} <= {*dir(sweet_jax)}
