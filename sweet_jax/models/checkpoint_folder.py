@@ -71,7 +71,7 @@ def locate_checkpoint(name: str) -> CheckpointFiles:
 
 def refuse_run_folder(folder: Path) -> None:
     """Raises UserError for the folder of a run, which names the saved model inside it."""
-    if (folder / "model" / "exits.json").exists():
+    if os.path.exists(folder / "model" / "exits.json"):  # also False if access is denied
         raise UserError(f"{str(folder)!r} is the folder of a run: pass {str(folder / 'model')!r}")
 
 
