@@ -30,6 +30,14 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 
+def short_repr(value: object, most: int = 200) -> str:
+    """Returns the repr of a value on one line, cut to some number of characters."""
+    text = repr(value)
+    if "\n" in text:  # as that of a table or an array has; a text's own blanks stay
+        text = " ".join(text.split())
+    return text if len(text) <= most else f"{text[: most - 1]}…"
+
+
 def missing_package(error: ImportError) -> str:
     """Returns the name of the package that is not installed.
 

@@ -5,7 +5,7 @@ Shape letters: R replica, E exit, N examples, C classes, T thresholds.
 
 import functools
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
@@ -13,7 +13,7 @@ import numpy as np
 
 from sweet_jax.config import Config, from_mapping
 from sweet_jax.data.in_memory import write_rows
-from sweet_jax.errors import UserError
+from sweet_jax.errors import UserError, short_repr
 from sweet_jax.exits.analysis import Analysis, load_analysis
 from sweet_jax.exits.operating_point import OperatingPoint
 from sweet_jax.exits.outputs import ExitOutputs
@@ -86,7 +86,7 @@ def run_config(
 
     See `train` for the arguments and errors; `values` are its `config`.
     """
-    names = [text] if isinstance(text, str) and text else list(text)
+    names = _names_of(text, label)
     kept = [*names, label] if names else []
     parts = {"train": data} | ({} if validation is None else {"validation": validation})
     files = [_file_of(part, name, workdir) for name, part in parts.items()]
@@ -95,10 +95,32 @@ def run_config(
         given["confidence"], values = policy_reference(own), {**values}
         del values["confidence"]
     config = from_mapping({**OWN_DATA, **given, **values})
-    for file, part in zip(files, parts.values(), strict=True):
+    for file, (name, part) in zip(files, parts.items(), strict=True):
         if not isinstance(part, str | Path):
-            write_rows(part, kept, Path(file), workdir)
+            argument = "data" if name == "train" else name
+            write_rows(part, kept, Path(file), workdir, argument)
     return config
+
+
+def _names_of(text: Any, label: Any) -> list[str]:
+    """Returns the names of the text columns; [] if they are to be found.
+
+    Raises UserError if `text` or `label` holds no names of columns, but for example their values.
+    """
+    if not isinstance(label, str):
+        raise UserError(f"label must be the name of the label column (str); got {_short(label)}")
+    if isinstance(text, str):
+        return [text] if text else []
+    names = list(text) if isinstance(text, Iterable) else [text]
+    if len(names) > 2 or not all(isinstance(name, str) for name in names):
+        raise UserError(
+            f"text must be the name of the text column (str), or two names; got {_short(text)}"
+        )
+    return names
+
+
+def _short(value: Any) -> str:
+    return f"{type(value).__name__}: {short_repr(value, 40)}"
 
 
 def _join(names: Sequence[str]) -> str:

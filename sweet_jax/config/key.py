@@ -6,7 +6,7 @@ import typing
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from sweet_jax.errors import UserError, check_choice
+from sweet_jax.errors import UserError, check_choice, short_repr
 
 AUTO = "auto"  # a value of epochs and of pooling
 SEED_RANGE = "from 0 to 2147483647"
@@ -124,17 +124,17 @@ def check_type(field: dataclasses.Field, value: Any) -> None:
     if metadata.type_condition:
         holds, words = metadata.type_condition
         if not holds(value):
-            raise UserError(f"{name} must be {words}; got {value!r}")
+            raise UserError(f"{name} must be {words}; got {short_repr(value)}")
     elif isinstance(field.default, tuple):
         kind = _element_type(field)
         if not isinstance(value, tuple) or any(type(v) is not kind for v in value):
             noun = "whole numbers" if kind is int else "numbers"
             raise UserError(
                 f"{name} must be {noun} separated by commas, such as "
-                f"--config.{name}={metadata.example}; got {value!r}"
+                f"--config.{name}={metadata.example}; got {short_repr(value)}"
             )
     elif type(value) is not type(field.default):
-        raise UserError(f"{name} must be {_TYPES[type(field.default)]}; got {value!r}")
+        raise UserError(f"{name} must be {_TYPES[type(field.default)]}; got {short_repr(value)}")
 
 
 def check_name(field: dataclasses.Field, value: Any) -> None:
@@ -155,7 +155,7 @@ def check_conditions(field: dataclasses.Field, value: Any) -> None:
     """Raises UserError for a value out of the range of its key."""
     for holds, words in key_metadata(field).conditions:
         if not holds(value):
-            raise UserError(f"{field.name} must be {words}; got {value!r}")
+            raise UserError(f"{field.name} must be {words}; got {short_repr(value)}")
 
 
 def split_names(text: str) -> tuple[str, ...]:

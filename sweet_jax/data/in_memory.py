@@ -7,20 +7,36 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.ipc
 
-from sweet_jax.data.tables import find_column
+from sweet_jax.data.tables import ColumnError, find_column
 from sweet_jax.errors import UserError
 from sweet_jax.files import atomic_write
 from sweet_jax.run_directory import is_unclaimed
 
 
-def write_rows(data: Any, columns: Sequence[str], path: Path, workdir: Path) -> None:
+def write_rows(
+    data: Any, columns: Sequence[str], path: Path, workdir: Path, part: str = "data"
+) -> None:
     """Writes rows in memory to a file in the workdir, unless a run there has the same rows.
 
-    Raises UserError if the data cannot be read as a table, or the run has other rows.
+    Args:
+      data: the rows, see `train`.
+      columns: names of the columns to write; () for all.
+      path: the file.
+      workdir: the run directory.
+      part: which rows these are, for messages: an argument of `train`, "data" or "validation".
+
+    Raises UserError if the data has no rows or cannot be read as a table, or the run has others.
+
     """
-    table = _table_of(data)
+    table = _table_of(data, part)
+    title = "the data" if part == "data" else f"the {part} data"
     if columns:  # the other columns are not needed, and may be large or private
-        table = table.select([find_column(name, table.column_names) for name in columns])
+        try:
+            table = table.select([find_column(name, table.column_names) for name in columns])
+        except ColumnError as error:
+            raise ColumnError(f"{title}: {error}") from None
+    if not table.num_rows:  # its columns have no types, so that their check would mislead
+        raise UserError(f"{title} has no rows")
     try:
         if path.exists() and not is_unclaimed(workdir):
             with pa.memory_map(str(path)) as source:
@@ -49,7 +65,7 @@ def _same_rows(left: pa.Table, right: pa.Table) -> bool:
     )
 
 
-def _table_of(data: Any) -> pa.Table:
+def _table_of(data: Any, part: str) -> pa.Table:
     """Returns rows in memory as a table. Raises UserError if they cannot be read as one."""
     try:
         if isinstance(data, pa.Table):
@@ -61,8 +77,8 @@ def _table_of(data: Any) -> pa.Table:
         if hasattr(data, "iterrows"):
             return pa.Table.from_pandas(data, preserve_index=False)
     except (pa.ArrowException, TypeError, ValueError) as error:
-        raise UserError(f"data cannot be read as a table: {error}") from error
+        raise UserError(f"{part} cannot be read as a table: {error}") from error
     raise UserError(
-        "data must be the name of a file, a DataFrame, a Dataset, or a dict of columns such as "
+        f"{part} must be the name of a file, a DataFrame, a Dataset, or a dict of columns such as "
         f"{{'text': [...], 'label': [...]}}; got {type(data).__name__}"
     )

@@ -10,6 +10,8 @@ from sweet_jax.errors import UserError, check_choice
 if TYPE_CHECKING:  # this module is also used without PyArrow
     import pyarrow as pa
 
+_LISTED = 10  # names of columns in a message
+
 
 class ColumnError(UserError):
     """Raised for columns that are missing or cannot be read; `open_table` adds the file's name."""
@@ -85,6 +87,21 @@ def find_column(name: str, present: Sequence[str]) -> int:
     if present.count(name) > 1:
         raise ColumnError(f"column {name!r} occurs more than once: rename all but one")
     return present.index(name)
+
+
+def find_model_column(name: str, present: Sequence[str]) -> int:
+    """Returns the index, in a table to predict, of a column that the model was trained on.
+
+    Raises ColumnError as `find_column` does.
+    """
+    if name.strip() not in [column.strip() for column in present]:
+        more = len(present) - _LISTED
+        listed = ", ".join(map(repr, present[:_LISTED])) + (f" and {more} more" if more > 0 else "")
+        raise ColumnError(
+            f"the table has no column {name!r}, which the model was trained on (it has "
+            f"{listed or 'none'}): rename the column of texts, or pass its values"
+        )
+    return find_column(name, present)
 
 
 def missing_column(values: Sequence[Any], columns: Columns) -> str | None:

@@ -59,6 +59,12 @@ class Analysis:
     function: PolicyFunction | None = None
     _resolvers: dict = dataclasses.field(default_factory=dict, repr=False)
 
+    def __repr__(self) -> str:
+        return (
+            f"{type(self).__name__}(policy={self.policy!r}, calibration={self.calibration}, "
+            f"validation={self.validation}, curve={self.curve})"
+        )
+
     def resolver(
         self, replica: int, policies: tuple[str | PolicyFunction, ...] | None = None
     ) -> ThresholdResolver:

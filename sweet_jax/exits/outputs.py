@@ -8,9 +8,10 @@ import json
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 
 from sweet_jax.errors import UserError
 from sweet_jax.files import write_arrays
@@ -96,6 +97,18 @@ class ExitOutputs:
     exit_scores: np.ndarray | None = None
     identity: RunIdentity = RunIdentity()
 
+    if TYPE_CHECKING:  # arguments may be what the attributes are made from, such as lists
+
+        def __init__(
+            self,
+            logits: npt.ArrayLike,
+            labels: npt.ArrayLike,
+            layers: npt.ArrayLike,
+            cost: npt.ArrayLike | None = None,
+            exit_scores: npt.ArrayLike | None = None,
+            identity: RunIdentity = RunIdentity(),
+        ) -> None: ...
+
     def __post_init__(self) -> None:
         def put(name: str, value: np.ndarray) -> None:
             object.__setattr__(self, name, value)
@@ -112,7 +125,11 @@ class ExitOutputs:
         if shape not in (row, (1, *row), (r, *row)):
             raise ValueError(f"labels must be [{letters}] = {row} or [R, {letters}]; got {shape}")
         put("labels", np.broadcast_to(self.objective.read_targets(self.labels, c), (r, *row)))
-        put("layers", np.asarray(self.layers, np.int64))
+        layers = np.asarray(self.layers)
+        # A conversion would drop fractions.
+        if layers.dtype.kind not in "iuf" or not np.array_equal(layers, np.trunc(layers)):
+            raise ValueError(f"layers must be whole numbers; got {layers}")
+        put("layers", np.asarray(layers, np.int64))
         cost = self.layers / self.layers[-1] if self.cost is None else self.cost
         put("cost", np.asarray(cost, np.float64))
         for name, value in (("layers", self.layers), ("cost", self.cost)):
@@ -125,6 +142,13 @@ class ExitOutputs:
             put("exit_scores", np.asarray(self.exit_scores, np.float32))
             if self.exit_scores.shape != (r, e, n):
                 raise ValueError(f"exit_scores must be [R, E, N]; got {self.exit_scores.shape}")
+
+    def __repr__(self) -> str:
+        r, e, n, c = self.logits.shape
+        return (
+            f"{type(self).__name__}(split={self.identity.split!r}, R={r}, E={e}, N={n}, C={c}, "
+            f"layers={self.layers})"
+        )
 
     @property
     def objective(self) -> Objective:

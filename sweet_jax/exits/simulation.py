@@ -40,6 +40,10 @@ class Curve:
     score: np.ndarray
     shares: np.ndarray
 
+    def __repr__(self) -> str:
+        r, t, e = self.shares.shape
+        return f"{type(self).__name__}(R={r}, T={t}, E={e})"
+
 
 def simulate(
     outputs: ExitOutputs,

@@ -17,7 +17,7 @@ from sweet_jax.exits.operating_point import ThresholdResolver
 from sweet_jax.files import read_json
 from sweet_jax.inference.onnx_files import has_graphs
 from sweet_jax.inference.saved_tokenizer import load_saved_tokenizer
-from sweet_jax.models.checkpoint_folder import locate_checkpoint
+from sweet_jax.models.checkpoint_folder import locate_checkpoint, refuse_run_folder
 from sweet_jax.objectives import OBJECTIVES, SINGLE_LABEL, Objective
 from sweet_jax.poolings import POOLINGS
 from sweet_jax.registry import Registry
@@ -79,8 +79,7 @@ def open_model(name: str | Path, precision: str = "float32") -> ModelArtifact:
     without.
 
     """
-    if (inside := Path(name) / "model" / "exits.json").exists():
-        raise UserError(f"{str(name)!r} is the folder of a run: pass {str(inside.parent)!r}")
+    refuse_run_folder(Path(name))
     if (Path(name) / "parameters.npz").exists():  # only a StableHLO export has this file
         raise UserError(
             f"{str(name)!r} is a StableHLO export, which only its own run.py can run: pass the "

@@ -25,6 +25,7 @@ from sweet_jax.inference.engine import (
     padded_lengths,
 )
 from sweet_jax.inference.engine_choice import default_engine
+from sweet_jax.inference.engine_table import engine_name
 from sweet_jax.inference.latency import read_latency
 from sweet_jax.inference.own_policy import calibrate_policy
 from sweet_jax.inference.predictions import (
@@ -38,6 +39,7 @@ from sweet_jax.inference.predictions import (
 )
 from sweet_jax.inference.scheduler import ExitRule, Request, Scheduler
 from sweet_jax.inference.streaming import stream_in_order
+from sweet_jax.inference.text_tables import TextTable
 
 MODES = ("throughput", "latency")
 
@@ -112,6 +114,14 @@ class AdaptiveClassifier:
         raise TypeError(
             "an AdaptiveClassifier holds compiled programs and cannot be pickled or copied: open "
             f"AdaptiveClassifier.from_pretrained({str(self.model.folder)!r}) in each process"
+        )
+
+    def __repr__(self) -> str:
+        count, outputs = len(self.classes), self.model.objective.outputs
+        return (
+            f"{type(self).__name__}({str(self.model.folder)!r}, policy={self.policy_name!r}, "
+            f"threshold={self.threshold:.3g}, engine={engine_name(self.engine)!r}, "
+            f"layers={self.layers}, {count} {outputs})"
         )
 
     @property
@@ -209,7 +219,7 @@ class AdaptiveClassifier:
         return self.engine.compilations - before
 
     def predict(
-        self, texts: Iterable[Text], batch_size: int = 32, mode: str = "throughput"
+        self, texts: Iterable[Text] | TextTable, batch_size: int = 32, mode: str = "throughput"
     ) -> Predictions:
         """Returns the predictions of texts, or of pairs of texts as tuples, in their order.
 
@@ -218,7 +228,8 @@ class AdaptiveClassifier:
         Args:
           texts: any finite iterable, or a table with the model's text columns: a pandas DataFrame,
             a `datasets.Dataset` or a PyArrow table. For an endless iterable, use `stream`.
-          batch_size: maximum number of texts computed at once.
+          batch_size: maximum number of texts computed at once. Memory is reserved for this many
+            texts at each exit, even if there are fewer.
           mode: "throughput" or "latency", see `stream`.
 
         Raises UserError if `texts` is a dict or a single string, for an item that is not a text (or
@@ -229,13 +240,14 @@ class AdaptiveClassifier:
         return collect_predictions(predictions, self.model)
 
     def stream(
-        self, texts: Iterable[Text], batch_size: int = 32, mode: str = "throughput"
+        self, texts: Iterable[Text] | TextTable, batch_size: int = 32, mode: str = "throughput"
     ) -> Iterator[Prediction]:
         """Yields predictions in order while `texts` is read; memory use does not grow with it.
 
         Args:
-          texts: any iterable.
-          batch_size: maximum number of texts computed at once.
+          texts: any iterable of texts, or a table as in `predict`.
+          batch_size: maximum number of texts computed at once. Memory is reserved for this many
+            texts at each exit, even if there are fewer.
           mode: with "throughput", texts of similar length wait for each other at each stage until
             a batch is full (or until 16 more batches of texts have been read). With "latency", each
             batch_size texts are classified before more are read.
@@ -244,7 +256,10 @@ class AdaptiveClassifier:
         yield from cast("Iterator[Prediction]", self.stream_rows(texts, batch_size, mode))
 
     def stream_rows(
-        self, texts: Iterable[Text | InvalidRow], batch_size: int = 32, mode: str = "throughput"
+        self,
+        texts: Iterable[Text | InvalidRow] | TextTable,
+        batch_size: int = 32,
+        mode: str = "throughput",
     ) -> Iterator[Prediction | InvalidRow]:
         """Yields what `stream` does; an InvalidRow among the texts is yielded in its place."""
         check_choice("mode", mode, MODES)

@@ -75,25 +75,28 @@ def _without(packages: tuple[str, ...], install: str) -> str | None:
     return f"needs {missing[0]} ({install})" if missing else None
 
 
+_OWN = {
+    "jax": EngineEntry(
+        "sweet_jax.inference.engine_jax",
+        ("float32", "bfloat16"),
+        _INSTALL_JAX,
+        compiles=True,
+        obstacle=_jax_obstacle,
+    ),
+    "onnxruntime": EngineEntry(
+        "sweet_jax.inference.engine_onnx",
+        ("float32", "int8"),
+        _INSTALL_ONNX,
+        runs_exported=True,
+        obstacle=_onnx_obstacle,
+    ),
+}
 # The first that can run a model is its default until times are measured.
-ENGINES = Registry(
-    "engine",
-    EngineEntry,
-    {
-        "jax": EngineEntry(
-            "sweet_jax.inference.engine_jax",
-            ("float32", "bfloat16"),
-            _INSTALL_JAX,
-            compiles=True,
-            obstacle=_jax_obstacle,
-        ),
-        "onnxruntime": EngineEntry(
-            "sweet_jax.inference.engine_onnx",
-            ("float32", "int8"),
-            _INSTALL_ONNX,
-            runs_exported=True,
-            obstacle=_onnx_obstacle,
-        ),
-    },
-    "sweet_jax.engines",
-)
+ENGINES = Registry("engine", EngineEntry, _OWN, "sweet_jax.engines")
+
+
+def engine_name(engine: Any) -> str:
+    """Returns the name of an engine of this package; for others, that of the object's class."""
+    kind = type(engine)
+    names = (name for name, entry in _OWN.items() if entry.module == kind.__module__)
+    return next(names, kind.__name__)

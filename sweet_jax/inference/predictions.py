@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from sweet_jax.data.tables import find_column
+from sweet_jax.data.tables import find_model_column
 from sweet_jax.errors import UserError
 from sweet_jax.inference.artifact import ModelArtifact
 from sweet_jax.inference.scheduler import Request
@@ -172,7 +172,7 @@ def rows_of(texts: Any, columns: Sequence[str]) -> Iterable[Any]:
         return _values(texts)
     column_texts = []
     for name in columns:
-        column = texts[names[find_column(name, [str(other) for other in names])]]
+        column = texts[names[find_model_column(name, [str(other) for other in names])]]
         column_texts.append(list(_values(column)))
     return column_texts[0] if len(column_texts) == 1 else zip(*column_texts, strict=True)
 

@@ -49,14 +49,16 @@ class CheckpointFiles:
 def locate_checkpoint(name: str) -> CheckpointFiles:
     """Locates a checkpoint by hub id, local directory or `pkg://package/path`; reads config.json.
 
-    Raises UserError if the checkpoint is missing, is only an adapter, or has no readable
-    config.json.
+    Raises UserError if the checkpoint is missing, is only an adapter, has no readable config.json,
+    or is the folder of a run.
     """
     folder = resolve_path(name)
     if not os.path.isdir(folder):  # also False if access is denied
         if name.startswith(("pkg://", "/", ".", "~")):
             raise UserError(f"checkpoint {name!r} is not a directory")
         folder = _from_hub(name)
+    if not any(folder.glob("*.safetensors*")):  # a run may be inside the folder of its checkpoint
+        refuse_run_folder(folder)
     folder = encoder_folder(folder)
     try:
         values = read_json(folder / "config.json")
@@ -65,6 +67,12 @@ def locate_checkpoint(name: str) -> CheckpointFiles:
     except (OSError, ValueError) as error:
         raise UserError(f"checkpoint {name!r} has no readable config.json: {error}") from error
     return CheckpointFiles(folder, values)
+
+
+def refuse_run_folder(folder: Path) -> None:
+    """Raises UserError for the folder of a run, which names the saved model inside it."""
+    if os.path.exists(folder / "model" / "exits.json"):  # also False if access is denied
+        raise UserError(f"{str(folder)!r} is the folder of a run: pass {str(folder / 'model')!r}")
 
 
 def _from_hub(name: str) -> Path:

@@ -4,6 +4,7 @@ Shape letters: N rows (B in a batch), C classes.
 """
 
 import dataclasses
+import numbers
 import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -69,6 +70,10 @@ def single_predicted_class(logits: Array, row_mask: Array) -> Array:
 def read_labels(labels: Any, classes: int) -> np.ndarray:
     """Returns labels as int64. Raises ValueError for labels that are not indices of classes."""
     values = np.asarray(labels)
+    if values.dtype.kind not in "biuf":  # text, or objects that may be integers
+        for label in values.ravel().tolist():
+            if not isinstance(label, numbers.Integral):
+                raise ValueError(f"labels must be indices of classes; got {label!r:.60}")
     if values.dtype.kind == "f" and not (np.isfinite(values) & (values == np.trunc(values))).all():
         raise ValueError("labels must be integers: the indices of their classes")
     labels = np.asarray(labels, np.int64)
