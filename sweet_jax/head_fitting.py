@@ -34,7 +34,6 @@ from sweet_jax.training.probe import (
     refit_path,
     with_classifiers,
 )
-from sweet_jax.training.progress import bar_disabled
 from sweet_jax.training.sharding import make_mesh, mesh_of, replica_sharding, reshard, to_host
 from sweet_jax.training.step import Params
 
@@ -102,8 +101,8 @@ def fit_probe(job: PreparedRun, workdir: Path) -> Probe:
 
 
 def _progress(title: str, total: int, unit: str) -> tqdm:
-    """Returns a progress bar, see `bar_disabled` for where it is shown."""
-    return tqdm(desc=title, total=total, unit=f" {unit}", disable=bar_disabled(), leave=False)
+    """Returns a progress bar, which is shown only in the primary process."""
+    return tqdm(desc=title, total=total, unit=f" {unit}", disable=not is_primary(), leave=False)
 
 
 def _counted(program: Callable, bar: tqdm) -> Callable:

@@ -1,8 +1,5 @@
 """What a user of the Python interface reads: messages, representations and types."""
 
-import io
-import sys
-
 import datasets
 import numpy as np
 import pandas as pd
@@ -10,7 +7,7 @@ import pyarrow as pa
 import pytest
 
 import sweet_jax
-from sweet_jax import AdaptiveClassifier, ExitOutputs, UserError, head_fitting
+from sweet_jax import AdaptiveClassifier, ExitOutputs, UserError
 from sweet_jax.exits.analysis import analyse
 from sweet_jax.exits.outputs import RunIdentity
 from sweet_jax.inference.engine_table import engine_name
@@ -161,19 +158,3 @@ def test_the_repr_of_a_classifier_says_what_it_runs(sweet, tmp_path):
 def test_tables_have_the_type_that_predict_declares(table):
     assert isinstance(table, TextTable)
     assert list(rows_of(table, ("text",))) == ["a"]
-
-
-@pytest.mark.parametrize(
-    ("variable", "is_terminal", "shown"),
-    [(None, False, False), (None, True, True), ("0", False, True), ("1", True, False)],
-)
-def test_bars_of_training_are_shown_on_terminals(variable, is_terminal, shown, monkeypatch):
-    written = io.StringIO()
-    written.isatty = lambda: is_terminal
-    monkeypatch.setattr(sys, "stderr", written)
-    monkeypatch.delenv("TQDM_DISABLE", raising=False)
-    if variable is not None:
-        monkeypatch.setenv("TQDM_DISABLE", variable)
-    with head_fitting._progress("fitting the heads", 2, "fits") as bar:
-        bar.update()
-    assert ("fitting the heads" in written.getvalue()) == shown

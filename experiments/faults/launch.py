@@ -99,7 +99,6 @@ def start(setup: Setup, workdir: Path, logs: Path | None = None) -> Attempt:
         "JAX_COMPILATION_CACHE_DIR": str(setup.cache),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "HF_HUB_OFFLINE": "1",
-        "TQDM_DISABLE": "0",  # the progress bar, which `phases` reads, is shown in files too
     }
     options: list[list[str]] = [[]]  # of each process
     if setup.processes > 1:

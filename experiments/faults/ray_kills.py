@@ -69,7 +69,6 @@ def start_cluster(cache: Path) -> Iterator[Cluster]:
         "JAX_COMPILATION_CACHE_DIR": str(cache),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "HF_HUB_OFFLINE": "1",
-        "TQDM_DISABLE": "0",  # the progress bar, which `phases` reads, is shown in files too
     }
     process = subprocess.Popen(
         [sys.executable, "-c", _CLUSTER],

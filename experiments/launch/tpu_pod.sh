@@ -56,7 +56,7 @@ case "$1" in
   run)
     shift
     [ $# -ge 1 ] || usage
-    everywhere "cd sweet_jax && exec env TQDM_DISABLE=0 .venv/bin/python -m sweet_jax.main $(printf '%q ' "$@")"
+    everywhere "cd sweet_jax && exec .venv/bin/python -m sweet_jax.main $(printf '%q ' "$@")"
     ;;
   stop) everywhere "pkill -TERM -f '[s]weet_jax.main' || true" ;;
   delete) "${vm[@]}" delete "${at[@]}" --quiet ;;

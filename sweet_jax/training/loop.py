@@ -22,7 +22,6 @@ from sweet_jax.training.job import TrainingJob
 from sweet_jax.training.losses import StepMetrics
 from sweet_jax.training.metrics import MetricsLog
 from sweet_jax.training.parallel import ExecutionPlan
-from sweet_jax.training.progress import bar_disabled
 from sweet_jax.training.trackers import open_tracker
 
 log = logging.getLogger(__name__)
@@ -116,7 +115,7 @@ def open_step_log(job: TrainingJob, steps: StepRange) -> Iterator[StepLog]:
             total=steps.stop * examples,
             initial=steps.start * examples,
             unit=" rows",
-            disable=bar_disabled(),
+            disable=not is_primary(),
         )
         following = None if job.following is None else job.following / job.step_work
         expected = ExpectedTime(steps.stop - steps.start, following)
