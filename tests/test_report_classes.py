@@ -14,7 +14,6 @@ from sweet_jax.report.details import ReportDetails
 from sweet_jax.report.page import write_report
 from sweet_jax.report.results import TrainingRecord, build_results
 
-
 CONFIG = from_mapping({"exits": (1, 2, 4)}).resolved()
 TEXTS = [(f"text {i} & <b>more</b>",) for i in range(240)]
 
