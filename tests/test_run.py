@@ -26,7 +26,7 @@ from sweet_jax.models.layers import ACTIVATIONS
 from sweet_jax.pipeline import run, train_and_evaluate
 from sweet_jax.preparation import prepare
 from sweet_jax.run_description import describe_rows, log_description
-from sweet_jax.training import fit
+from sweet_jax.training import input_pipeline
 from sweet_jax.training.checkpoint import read_params
 from sweet_jax.training.initialization import initial_state, model_specs
 from sweet_jax.training.metrics import read_metrics
@@ -422,13 +422,13 @@ def test_grouping_by_length_pads_less_and_does_not_change_training(
     plain = logits_of(options, tmp_path / "plain")
     monkeypatch.setattr(padding, "_WORTH_COMPILING", 1)
     lengths = []
-    padded_length = fit.padded_length
+    padded_length = input_pipeline.padded_length
 
     def record_length(*arguments):
         lengths.append(padded_length(*arguments))
         return lengths[-1]
 
-    monkeypatch.setattr(fit, "padded_length", record_length)
+    monkeypatch.setattr(input_pipeline, "padded_length", record_length)
     short = logits_of(options, tmp_path / "short")
     assert len(lengths) == 3
     assert min(lengths) < 32, lengths
