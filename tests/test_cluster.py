@@ -230,7 +230,7 @@ def test_stopped_driver_saves_and_the_same_command_resumes(
     assert read_manifest(tmp_path)[CELLS[0]]["state"] == "done"
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_failed_cell_does_not_stop_the_others(arguments, tmp_path, monkeypatch):
     """The command starts and ends its own Ray."""
     pytest.importorskip("ray")

@@ -69,7 +69,7 @@ def test_conflict_is_nan_when_no_gradient_crosses_boundary():
     np.testing.assert_array_equal(np.isfinite(actual.cosines), defined)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_logging_conflict_does_not_change_training(options, tmp_path, one_device):
     changes = {"method": "early_exit", "max_steps": 12}
     plain = logits_of(options, tmp_path / "plain", **changes)
@@ -114,7 +114,7 @@ def arguments(checkpoint, tmp_path) -> list[str]:
     return [*options, "--exits=1,2,3", "--batch_size=8", "--max_length=16", "--learning_rate=1e-3"]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_conflict_experiment_writes_records_and_figures(arguments, tmp_path):
     arguments += ["--steps=6", "--batches=3", "--pooling=first,mean"]
     arguments += [f"--output={tmp_path / 'out'}"]

@@ -427,7 +427,7 @@ def test_replicas_of_five_rates_and_three_seeds_equal_solo_runs(arguments, tmp_p
         np.testing.assert_allclose(saved.logits[r], solo_logits[0], atol=1e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_killed_script_resumes_with_identical_outputs(finished, arguments, tmp_path):
     full = [
         *drop_options(arguments, "--tasks"),

@@ -418,7 +418,7 @@ def test_summary_keeps_counts_of_modes_that_were_not_rerun(tmp_path):
     assert counts["total"] == {"kills": 3, "runs": 3, "bits_compared": 21, "differing_bits": 0}
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_killed_run_resumes_without_differing_bits_and_is_counted(tmp_path):
     """The run has fewer steps than those of the script."""
     changes = {"head_init": "random", "head_refit": False, "rate_search": "full", "epochs": 1}

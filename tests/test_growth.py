@@ -72,7 +72,7 @@ def test_grown_run_keeps_earlier_logits_and_trains_new_exit(base, tmp_path):
     assert expected_paths == {p.relative_to(base[0]) for p in base[0].rglob("*")}
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_grown_model_keeps_tensors_and_predictions_of_earlier_exits(base, tmp_path):
     values = base[1] | {"seeds": (0,)}
     run(from_mapping(values), tmp_path / "alone")
@@ -95,7 +95,7 @@ def test_grown_model_keeps_tensors_and_predictions_of_earlier_exits(base, tmp_pa
     np.testing.assert_array_equal(grown_predictions.labels, original_predictions.labels)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_segment_parallel_growth_equals_data_parallel_growth(base, tmp_path):
     logits = {}
     for parallel in (False, True):
@@ -183,7 +183,7 @@ def test_growth_of_unfinished_or_damaged_run_is_refused(base, tmp_path):
         prepare(grown_config((damaged, base[1])))
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_base_run_with_rate_search_probe_and_refit_can_be_grown(
     base, checkpoint, tmp_path, one_device
 ):

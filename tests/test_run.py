@@ -202,10 +202,12 @@ def test_each_replica_equals_a_run_of_that_replica_only(
         np.testing.assert_allclose(stacked.logits[r], solo.logits[0], atol=1e-5)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
-    [{}, pytest.param({"seeds": (0, 1), "method": "early_exit"}, marks=pytest.mark.slow)],
+    [
+        pytest.param({}, marks=pytest.mark.slow),
+        pytest.param({"seeds": (0, 1), "method": "early_exit"}, marks=pytest.mark.nightly),
+    ],
 )
 def test_run_on_several_devices_equals_run_on_one(
     options, with_dropout, tmp_path, request, changes

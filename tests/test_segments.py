@@ -52,11 +52,10 @@ def train_on_devices(options, workdir, devices: int, monkeypatch, **changes):
     return params, [json.loads(line) for line in log]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "devices", "changes"),
     [
-        ("bert", 2, {}),
+        pytest.param("bert", 2, {}, marks=pytest.mark.slow),
         # Two groups of two devices, which divide the rows or the replicas. The loss weights rise,
         # because Adam's moments cancel constant ones.
         pytest.param(
@@ -86,7 +85,7 @@ def test_segment_parallel_steps_match_one_device(
     np.testing.assert_allclose(losses, reference_losses, rtol=0, atol=1e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_run_resumes_after_segment_parallel_is_switched(
     deep_checkpoints, options, tmp_path, monkeypatch
 ):
@@ -131,7 +130,7 @@ def test_segment_assignment_minimizes_layers_of_busiest_group():
     assert not devices[0] & devices[1]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_segments_benchmark_prints_every_variant(capsys):
     benchmark.compare(SHAPES["tiny"], Size(8, 16), 1, 1)
     lines = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()]

@@ -325,8 +325,10 @@ def test_isolation_schedule_follows_the_step_of_the_state():
     assert max(np.abs(a - b).max() for a, b in pairs) > 1e-3
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("isolation", [0.0, 1.0])
+@pytest.mark.parametrize(
+    "isolation",
+    [pytest.param(0.0, marks=pytest.mark.nightly), pytest.param(1.0, marks=pytest.mark.slow)],
+)
 def test_remat_does_not_change_gradients(isolation):
     gradients = []
     for remat in (False, True):

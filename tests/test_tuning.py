@@ -296,7 +296,7 @@ def test_rate_search_trains_learning_rate_with_largest_area(
     assert (tmp_path / "run" / "rate_search.json").stat().st_mtime_ns == modified
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_full_model_baseline_searches_its_own_learning_rate(recipe, tmp_path, one_device):
     """Among the rates of the run, as a run of the full model alone does."""
     config = recipe | {"learning_rates": (1e-9, 1e30, 1e-2), "rate_search": "short", "epochs": 4}
