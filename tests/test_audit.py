@@ -122,7 +122,7 @@ def test_two_sample_p_value_equals_scipy():
     assert population_stability_index(shares, np.asarray([400, 300, 200, 100])) > 0.5
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_calibration_histograms_agree_with_saved_pareto_front(sweet):
     front = sweet.classifier.model.resolver.fronts["confidence"]
     for e, histogram in enumerate(calibration_histograms(front)):

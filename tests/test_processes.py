@@ -163,7 +163,7 @@ def test_two_processes_equal_one_process_also_after_kill_and_resumption(
     assert_same_training(workdir, single_process_run)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_segment_parallel_run_on_two_processes_equals_one_device(
     single_process_run, options, tmp_path
 ):

@@ -399,7 +399,7 @@ def test_bfloat16_run_learns_and_differs_from_float32(options, tmp_path, one_dev
     assert not np.array_equal(bfloat16.logits, float32.logits)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_fused_attention_and_remat_do_not_change_training(
     options, with_dropout, tmp_path, one_device
 ):
