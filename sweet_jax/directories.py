@@ -47,12 +47,18 @@ def check_new_output(output: Path) -> None:
         raise UserError(f"--output {str(output)!r} already exists: choose another, or remove it")
 
 
+def write_error(folder: Path) -> OSError | None:
+    """Returns the error that creating a file in a folder raises; None if it can be created."""
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            return None
+    except OSError as error:
+        return error
+
+
 def check_writable(workdir: Path) -> None:
     """Raises UserError unless this process can create a file in the workdir."""
-    try:
-        with tempfile.TemporaryFile(dir=workdir):
-            pass
-    except OSError as error:
+    if error := write_error(workdir):
         raise UserError(
             f"workdir {str(workdir)!r} cannot be written to ({error.strerror}): give a directory "
             "that the processes on all hosts can write to"

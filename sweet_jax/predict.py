@@ -54,7 +54,7 @@ from sweet_jax.inference.latency import (
     measure_latency,
     measured_lengths,
 )
-from sweet_jax.inference.latency_table import LatencyTable, check_writable, write_tables
+from sweet_jax.inference.latency_table import LatencyTable, check_model_writable, write_tables
 from sweet_jax.inference.prediction_file import CHECKED, PREDICTED, OutputFile
 from sweet_jax.inference.predictions import InvalidRow
 from sweet_jax.inference.warm_up import warm_up
@@ -232,7 +232,7 @@ def _measure(options: argparse.Namespace) -> None:
     Raises UserError if none of them runs.
     """
     model, refused = open_model(options.model), []
-    check_writable(model.folder)  # before minutes of measuring
+    check_model_writable(model.folder)  # before minutes of measuring
     check_available(model, options.engine, options.precision)
     tables: list[LatencyTable] = []
     for choice in available_engines(model, options.engine, options.precision):

@@ -354,7 +354,7 @@ def test_device_groups_of_collectives_are_parsed_from_hlo():
 
 
 def test_reduce_scatters_and_gathers_in_two_fusions_are_parsed_from_hlo():
-    """Of the sum, each device keeps a part; the gather is one, though two fusions contain it."""
+    """A reduce-scatter leaves each device a part of the sum; a split gather counts once."""
     groups = "replica_groups={{0,1},{2,3}}"
     gather = f'  %g = bf16[4,2]{{0}} all-gather(%x), channel_id=7, {groups}, x={{chain_id="0"}}\n'
     text = (

@@ -198,7 +198,7 @@ def test_isolation_scales_relative_table_gradient_at_every_boundary():
     ],
 )
 def test_segment_gradients_equal_whole_gradients_under_full_isolation(kind, key):
-    """Of an exit's layer, segment gradients compute the first token, whole gradients all tokens."""
+    """Segment gradients compute an exit's layer at the first token alone."""
     graphdef, params = build(kind=kind, learning_to_exit="joint")
     by_segment, whole = (
         jax.jit(lambda params, f=function, a=arguments: f(graphdef, params, BATCH, *a))(params)

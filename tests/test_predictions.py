@@ -10,7 +10,6 @@ import pytest
 from sweet_jax import AdaptiveClassifier, ExitOutputs, Run, predict, simulate, train
 from sweet_jax.data import tables
 from sweet_jax.errors import UserError
-from sweet_jax.inference import latency_table
 
 TEXTS = ["word0 word5", "word1 word7 word9", "word3"]
 
@@ -31,6 +30,8 @@ def test_predictions_are_a_sequence_with_one_prediction_per_text(classifier):
         assert prediction[2:] == expected[2:]
     assert predictions[-1].exit == predictions.exits[-1]
     np.testing.assert_array_equal(predictions.probability, predictions.probabilities.max(axis=1))
+    assert predictions[1:].labels.tolist() == predictions.labels[1:].tolist()
+    assert predictions[1:][0].label == predictions[1].label
     table = pd.DataFrame(predictions)
     assert list(table.columns) == ["label", "probabilities", "exit", "cost", "probability"]
     assert len(table) == 3
@@ -94,7 +95,7 @@ def test_unwritable_model_is_refused_before_anything_is_measured(sweet, monkeypa
     def refuse(**_):
         raise PermissionError(errno.EACCES, "Permission denied")
 
-    monkeypatch.setattr(latency_table.tempfile, "TemporaryFile", refuse)
+    monkeypatch.setattr("tempfile.TemporaryFile", refuse)
     monkeypatch.setattr("sweet_jax.predict.measure_latency", None)
     folder = sweet.classifier.model.folder
     assert predict.main([f"--model={folder}", "--measure"]) == 2

@@ -1,4 +1,4 @@
-"""What a user of the Python interface reads: messages, representations and types."""
+"""Messages, representations and types of the Python interface."""
 
 import datasets
 import numpy as np

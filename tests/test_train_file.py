@@ -103,7 +103,7 @@ def test_report_has_exit_times_and_is_rewritten_for_target(trained_run, capsys, 
 
 
 def test_report_has_times_of_recommended_engine(trained_run, tmp_path):
-    """Of the engines measured on this machine, the fastest over both lengths."""
+    """The recommended engine is the fastest over both lengths among those that were measured."""
     workdir = shutil.copytree(trained_run[0], tmp_path / "run")
     model = open_model(workdir / "model")
     lengths = (model.median_tokens, model.long_tokens)

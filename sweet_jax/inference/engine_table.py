@@ -75,7 +75,7 @@ def _without(packages: tuple[str, ...], install: str) -> str | None:
     return f"needs {missing[0]} ({install})" if missing else None
 
 
-_OWN = {
+_BUILT_IN = {
     "jax": EngineEntry(
         "sweet_jax.inference.engine_jax",
         ("float32", "bfloat16"),
@@ -92,11 +92,11 @@ _OWN = {
     ),
 }
 # The first that can run a model is its default until times are measured.
-ENGINES = Registry("engine", EngineEntry, _OWN, "sweet_jax.engines")
+ENGINES = Registry("engine", EngineEntry, _BUILT_IN, "sweet_jax.engines")
 
 
 def engine_name(engine: Any) -> str:
     """Returns the name of an engine of this package; for others, that of the object's class."""
     kind = type(engine)
-    names = (name for name, entry in _OWN.items() if entry.module == kind.__module__)
+    names = (name for name, entry in _BUILT_IN.items() if entry.module == kind.__module__)
     return next(names, kind.__name__)

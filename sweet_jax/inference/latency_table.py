@@ -4,13 +4,13 @@ Shape letters: E exit, B batch size, L length, N texts.
 """
 
 import dataclasses
-import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from sweet_jax.directories import write_error
 from sweet_jax.errors import UserError
 from sweet_jax.files import read_json, write_json
 
@@ -89,16 +89,14 @@ def write_tables(folder: Path, tables: Sequence[LatencyTable]) -> Path:
     return path
 
 
-def check_writable(folder: Path) -> None:
+def check_model_writable(folder: Path) -> None:
     """Raises UserError unless tables can be written to a model's folder."""
-    try:
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
+    if error := write_error(folder):
         raise _not_writable(folder, error) from error
 
 
 def _not_writable(folder: Path, error: OSError) -> UserError:
+    """Returns the error for a model's folder that could not be written to."""
     return UserError(
         f"{str(folder)!r} is not writable ({error.strerror}): copy the model to another folder"
     )

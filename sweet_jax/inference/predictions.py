@@ -6,7 +6,7 @@ Shape letters: N texts, C classes.
 import dataclasses
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, overload
 
 import numpy as np
 
@@ -90,7 +90,17 @@ class Predictions:
     def __len__(self) -> int:
         return len(self.exits)
 
-    def __getitem__(self, index: int) -> Prediction:
+    @overload
+    def __getitem__(self, index: int) -> Prediction: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> "Predictions": ...
+
+    def __getitem__(self, index: int | slice) -> "Prediction | Predictions":
+        """Returns the prediction of one text, or for a slice the `Predictions` of some."""
+        if isinstance(index, slice):
+            columns = (self.labels, self.probabilities, self.exits, self.cost, self.probability)
+            return Predictions(*(column[index] for column in columns))
         probability = float(self.probability[index])
         return Prediction(
             self.labels[index] if self.labels.dtype == object else self.labels[index].item(),
