@@ -17,16 +17,18 @@ lengths.
 Variants, each with its heads as trained and refitted on the same trunk:
 
 - {Early-Exit, SWEET, Multi-Model} x {first token and pooler, mean} x {random heads, probe}, and
-  with a probe and the pooling "auto", which compares the texts of a pair, for two epochs;
-- `recipe` is configs/own.py; `recipe-mean` has the mean of a pair's tokens, `recipe-decay`
-  layer_decay=0.8, and `recipe-scaling` layer_scaling=0.5 (its heads as trained are the recipe's);
+  with a probe and the poolings "pair" and "auto", which compare the texts of a pair, for two
+  epochs;
+- `recipe` is configs/own.py; `recipe-pair` has the pooling "pair" (an earlier recipe),
+  `recipe-mean` the mean of a pair's tokens, and with "pair", `recipe-decay` has layer_decay=0.8 and
+  `recipe-scaling` layer_scaling=0.5 (its heads as trained are those of `recipe-pair`);
 - `plain` is the full model fine-tuned alone, for the recipe's steps;
-- `frozen` is the probe of the frozen encoder as a model with exits;
+- `frozen` is the probe of the frozen encoder as a model with exits, `frozen-pair` that with "pair";
 - CHANGES of panel_variants.py are Early-Exit and SWEET with mean and probe and one change;
 - `baselines` are TF-IDF and the frozen probe at every exit, which also compares the texts of a pair
-  (except mean_probe_1 to _6).
+  ("auto"; pair_probe_1 to _6 with "pair", mean_probe_1 to _6 without comparing them).
 
-If a row is one text, "auto" is the mean, and one run stands for both.
+If a row is one text, "pair" and "auto" are the mean, and one run stands for all.
 
 Learning rates are chosen from 5e-5, 1e-4 and 3e-4 by short runs (40 steps, or a tenth) of the first
 seed, on its tuning rows: 1e-4 (3e-4 for the plain model and the methods as published), unless
@@ -46,7 +48,8 @@ that it works on.
 Cost: see --list, whose estimate uses the times of finished variants. Before any had been timed, it
 was 143 hours of one core, 46 of them for --core (baselines, recipe, plain, and the methods as
 published and with mean and probe, on all tasks with 500 to 2,000 rows), without the variants with
-"auto", layer_decay and layer_scaling, which were added later. Run one process for each core:
+"pair" and "auto", layer_decay and layer_scaling, which were added later. Run one process for each
+core:
 
   XLA_FLAGS=--xla_cpu_multi_thread_eigen=false taskset -c 0 python -m experiments.panel ...
 """
@@ -102,6 +105,7 @@ from sweet_jax.distributed import PreemptedError
 from sweet_jax.errors import UserError, check_choice
 from sweet_jax.files import write_text
 from sweet_jax.paths import resolve_path
+from sweet_jax.poolings import POOLINGS
 from sweet_jax.preparation import PreparedRun, prepare
 from sweet_jax.report.baselines import Baseline
 
@@ -124,8 +128,9 @@ def run_variant(name: str, variant: str, options: argparse.Namespace) -> Record:
     job, first = with_probe(job, shared)
     if variant == BASELINES:
         baselines = run_baselines(first, config.learning_rates, shared / variant)
-        if first.config.pooling == "pair":
-            baselines += _mean_probes(first, shared)
+        if POOLINGS[first.config.pooling].pairs:
+            for pooling in ("mean", "pair"):
+                baselines += _probes(first, pooling, shared)
         labels, classes = job.validation.labels, len(job.dataset.classes)
         scores = {}
         for each in baselines:
@@ -145,14 +150,14 @@ def run_variant(name: str, variant: str, options: argparse.Namespace) -> Record:
     return Record(values, row_counts(job), scores, about)
 
 
-def _mean_probes(job: PreparedRun, folder: Path) -> list[Baseline]:
-    """Returns the frozen probes of all exits with mean pooling, which compare no texts of pairs."""
-    config = dataclasses.replace(job.config, pooling="mean")
+def _probes(job: PreparedRun, pooling: str, folder: Path) -> list[Baseline]:
+    """Returns the frozen probes of all exits with another pooling."""
+    config = dataclasses.replace(job.config, pooling=pooling)
     _, first = with_probe(dataclasses.replace(job, config=config, probe=None), folder)
     assert first.probe is not None, "with_probe fits one"
     predictions = first.probe.predictions.swapaxes(0, 1)  # [E, S, N]
     return [
-        Baseline(f"mean_probe_{layer}", predicted, layer / config.exits[-1])
+        Baseline(f"{pooling}_probe_{layer}", predicted, layer / config.exits[-1])
         for layer, predicted in zip(config.exits, predictions, strict=True)
     ]
 

@@ -73,13 +73,14 @@ def _method(name: str, pooling: str, start: str) -> dict[str, Any]:
     }
 
 
-# Pooling and initialization. The pooling "auto" compares the texts of a pair; for a single text, it
-# is the mean.
-READOUTS = ("first-random", "mean-probe", "auto-probe", "mean-random", "first-probe")
+# Pooling and initialization. The poolings "pair" and "auto" (which is "aligned_pair") compare the
+# texts of a pair; for a single text, both are the mean.
+READOUTS = ("first-random", "mean-probe", "pair-probe", "auto-probe", "mean-random", "first-probe")
 AS_PUBLISHED = tuple(f"{method}-first-random" for method in METHODS)
 MEAN_PROBE = tuple(f"{method}-mean-probe" for method in METHODS)
+PAIR_PROBE = tuple(f"{method}-pair-probe" for method in METHODS)
 AUTO_PROBE = tuple(f"{method}-auto-probe" for method in METHODS)
-_OTHERS = tuple(f"{method}-{readout}" for readout in READOUTS[3:] for method in METHODS)
+_OTHERS = tuple(f"{method}-{readout}" for readout in READOUTS[4:] for method in METHODS)
 # Other changes to training, each alone; docs/guides/methods.md defines them.
 _DISTILLED = {"distillation_weight": 1.0, "distillation_temperature": 2.0}
 CHANGES: dict[str, tuple[str, dict[str, Any]]] = {  # the changed variant, and its changes
@@ -91,25 +92,32 @@ CHANGES: dict[str, tuple[str, dict[str, Any]]] = {  # the changed variant, and i
     "sweet-opening": ("sweet-mean-probe", {"isolation": (1.0, 0.0)}),
     "sweet-closing": ("sweet-mean-probe", {"isolation": (0.0, 1.0)}),
 }
-_METHODS = (*AS_PUBLISHED, *MEAN_PROBE, *AUTO_PROBE, *_OTHERS)
-_AUTO = {"pooling": "auto"}
+_METHODS = (*AS_PUBLISHED, *MEAN_PROBE, *PAIR_PROBE, *AUTO_PROBE, *_OTHERS)
+_AUTO, _PAIR = {"pooling": "auto"}, {"pooling": "pair"}
 VARIANTS: dict[str, dict[str, Any]] = {
     "recipe": RECIPE | _AUTO | {"learning_rates": RATES},
+    "recipe-pair": RECIPE | _PAIR | {"learning_rates": RATES},
     "recipe-mean": RECIPE | {"learning_rates": RATES},
-    "recipe-decay": RECIPE | _AUTO | {"learning_rates": RATES, "layer_decay": 0.8},
-    "recipe-scaling": RECIPE | _AUTO | {"learning_rates": RATES, "layer_scaling": 0.5},
+    "recipe-decay": RECIPE | _PAIR | {"learning_rates": RATES, "layer_decay": 0.8},
+    "recipe-scaling": RECIPE | _PAIR | {"learning_rates": RATES, "layer_scaling": 0.5},
     "plain": PLAIN,
     # The frozen probe as a model with exits, for its area.
     "frozen": RECIPE | _AUTO | {"epochs": 0, "learning_rates": RATES[:1]},
+    "frozen-pair": RECIPE | _PAIR | {"epochs": 0, "learning_rates": RATES[:1]},
     **{name: _method(*name.split("-")) for name in _METHODS},
     **{name: _method(*base.split("-")) | more for name, (base, more) in CHANGES.items()},
 }
 # For single texts, the first variant is the same run as the second, and stored under its name.
-_SAME = dict(zip(("recipe-mean", *AUTO_PROBE), ("recipe", *MEAN_PROBE), strict=True))
+_SAME = {
+    "recipe-mean": "recipe",
+    "recipe-pair": "recipe",
+    "frozen-pair": "frozen",
+    **dict(zip((*PAIR_PROBE, *AUTO_PROBE), (*MEAN_PROBE, *MEAN_PROBE), strict=True)),
+}
 SETFIT = "setfit"  # name of the records of experiments.panel_setfit, which is no variant
-_OTHER_RECIPES = ("recipe-mean", "recipe-decay", "recipe-scaling")
+_OTHER_RECIPES = ("recipe-pair", "recipe-mean", "recipe-decay", "recipe-scaling")
 _FIRST = (BASELINES, "recipe", "plain", *AS_PUBLISHED, *_OTHER_RECIPES)
-_PROBE = (*MEAN_PROBE, *AUTO_PROBE)
+_PROBE = (*MEAN_PROBE, *PAIR_PROBE, *AUTO_PROBE)
 _SMALL = (500, 1000)
 _STAGED = {*_FIRST, *_PROBE, *CHANGES}
 _REST = tuple(v for v in VARIANTS if v not in _STAGED)
@@ -152,6 +160,8 @@ def config_of(name: str, variant: str, options: argparse.Namespace) -> Config:
     values = dict(RECIPE | _AUTO if variant == BASELINES else VARIANTS[variant])
     if not variant.startswith("recipe") and variant != "plain" and cell.rows < 2000:
         values["learning_rates"] = values.get("learning_rates", RATES)[:1]
+    if values["pooling"] == "pair" and not TASKS[cell.task].pairs:
+        values |= _AUTO
     fewer_seeds = cell.rows in (100, 6000)
     shared = {
         "seeds": (0, 1, 2) if fewer_seeds else (0, 1, 2, 3, 4),

@@ -58,6 +58,7 @@ POOLINGS = Registry(
         # No pooler: it was pretrained for the first token of the last layer.
         "mean": Pooling("sweet_jax.models.pooling:mean_of_tokens"),
         "pair": Pooling("sweet_jax.models.pooling:means_of_pair", width=4, pairs=True),
+        "aligned_pair": Pooling("sweet_jax.models.pooling:aligned_pair", width=6, pairs=True),
     },
     "sweet_jax.poolings",
 )

@@ -240,13 +240,14 @@ def _choose_pooling(config: Config, checkpoint: Checkpoint, dataset: Dataset) ->
     """Returns the config with "" and "auto" replaced by the name of a pooling.
 
     "" becomes the pooling that the checkpoint declares, else its family's default. So does "auto",
-    except that "mean" becomes "pair" for pairs of texts. Raises UserError for "pair" without pairs.
+    except that "mean" becomes "aligned_pair" for pairs of texts. Raises UserError for a pooling of
+    pairs without pairs.
     """
     pooling, columns = config.pooling, dataset.task.text_columns
     if pooling in ("", AUTO):
         pooling = declared_pooling(checkpoint.folder) or checkpoint.family.default_pooling
         if config.pooling == AUTO and pooling == "mean" and len(columns) == 2:
-            pooling = "pair"
+            pooling = "aligned_pair"
     if POOLINGS[pooling].pairs and len(columns) != 2:
         raise UserError(
             f"pooling={pooling!r} compares two texts, but a row has one, {columns[0]!r}: set "

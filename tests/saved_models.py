@@ -18,6 +18,7 @@ from sweet_jax.models.early_exit import EarlyExit
 from sweet_jax.models.head import ExitConfig
 from sweet_jax.models.pretrained import open_checkpoint
 from sweet_jax.objectives.objective import softmax
+from sweet_jax.poolings import POOLINGS
 
 EXITS, CLASSES, LONGEST = (1, 2, 3), 3, 32
 
@@ -31,7 +32,7 @@ class Saved:
         rng = np.random.default_rng(2)
         draw = lambda: " ".join(rng.choice(WORDS, rng.integers(1, 40)))
         self.texts = [draw() for _ in range(40)]
-        self.pairs = pooling == "pair"
+        self.pairs = POOLINGS[pooling].pairs
         rows = [(text,) for text in self.texts]
         if self.pairs:
             self.texts = rows = list(zip(self.texts, ["", *self.texts[:-1]], strict=True))

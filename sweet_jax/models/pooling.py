@@ -13,6 +13,8 @@ from sweet_jax.files import read_json
 from sweet_jax.models.checkpoint_folder import first_module
 from sweet_jax.poolings import POOLINGS
 
+SHARPNESS = 20.0  # factor of the cosines whose softmax aligns the tokens of two texts
+
 
 def first_token(h: jax.Array, mask: jax.Array, second: jax.Array | None) -> jax.Array:
     """Returns the hidden state of the first token [B, H], given h [B, L or 1, H]."""
@@ -45,6 +47,36 @@ def means_of_pair(h: jax.Array, mask: jax.Array, second: jax.Array | None) -> ja
     u = mean_of_tokens(h, mask & ~second)  # [B, H]
     v = mean_of_tokens(h, mask & second)  # [B, H]
     return jnp.concatenate([u, v, jnp.abs(u - v), u * v], axis=-1)  # [B, 4 H]
+
+
+def aligned_pair(h: jax.Array, mask: jax.Array, second: jax.Array | None) -> jax.Array:
+    """Returns (u, v, |u - v|, u v, d_u, d_v) for a pair's two texts, [B, 6 H].
+
+    The first four are those of `means_of_pair`. d_u is the mean over the first text's tokens x of
+    |x - a(x)|, where a(x) is the mean of the second text's tokens y with weights
+    softmax(SHARPNESS cos(x, y)): the part of the second text that x is aligned to. d_v is the same
+    from the second text to the first. Thus d_u and d_v are small if each token has a counterpart in
+    the other text, which cannot be seen from u and v. A token has the counterpart 0 if the other
+    text has no tokens.
+
+    Soft alignment is from Parikh et al. 2016 (arXiv 1606.01933, section 3.1) and Chen et al. 2017
+    (ESIM, arXiv 1609.06038, section 3.2), which train a similarity of word embeddings. The cosine
+    of an encoder's states needs no training.
+
+    Raises ValueError if `second` is None.
+    """
+    means = means_of_pair(h, mask, second)  # [B, 4 H]
+    assert second is not None, "means_of_pair raises"
+    x = jnp.where(mask[..., None], h, 0).astype(jnp.float32)  # [B, L, H]
+    unit = x / jnp.sqrt(jnp.square(x).sum(axis=-1, keepdims=True) + 1e-12)  # [B, L, H]
+    cosine = jnp.einsum("bih,bjh->bij", unit, unit)  # [B, L, L]
+    other = mask[:, None, :] & (second[:, :, None] != second[:, None, :])  # [B, L, L]
+    weights = jax.nn.softmax(jnp.where(other, SHARPNESS * cosine, -1e9))  # [B, L, L]
+    aligned = jnp.einsum("bij,bjh->bih", jnp.where(other, weights, 0), x)  # [B, L, H]
+    distances = jnp.abs(x - aligned)  # [B, L, H]
+    sides = (mask & ~second, mask & second)
+    own = [mean_of_tokens(distances, side).astype(h.dtype) for side in sides]  # [B, H] each
+    return jnp.concatenate([means, *own], axis=-1)  # [B, 6 H]
 
 
 def check_pooling(name: str, hidden: int) -> None:
