@@ -22,7 +22,8 @@ class Pooling:
       read: function without trainable parameters, (h [B, L, H], mask bool [B, L], second bool
         [B, L] or None) → [B, P], or its name "module:function", which is imported at the first
         call. mask is True at tokens; second is True from the second text of a pair on, and is None
-        unless the pooling reads pairs.
+        unless the pooling reads pairs. Results for rows without tokens, which fill up a batch
+        during inference, are not used.
       first_only: whether it reads the first token alone, so that an exit's layer need be computed
         at that token only: h may then be [B, 1, H].
       dense: whether the pretrained pooler follows, a dense layer and its activation.

@@ -196,7 +196,11 @@ def node_modules() -> Path:
     return folder.absolute()
 
 
-EXPORTS = [("roberta", "first", True), ("deberta-v2", "mean", False), ("mpnet", "pair", True)]
+EXPORTS = [
+    ("roberta", "first", True),
+    ("deberta-v2", "mean", False),
+    ("mpnet", "aligned_pair", True),
+]
 
 
 @pytest.fixture(scope="module", params=EXPORTS)

@@ -42,7 +42,7 @@ NARROW = Pooling(lambda h, mask, second: h[:, 0, :3])
 """
 FUNCTION = """import jax.numpy as jnp
 def read_max(h, mask, second):
-    return jnp.max(jnp.where(mask[..., None], h, -100.0), axis=1)
+    return jnp.max(jnp.where(mask[..., None], h, jnp.finfo(h.dtype).min), axis=1)
 """
 EXITS = (1, 3)
 
@@ -93,10 +93,15 @@ def test_pooling_of_user_module_trains_predicts_and_exports(
     about = json.loads((run / "model" / "exits.json").read_text())
     assert (about["pooling"], about["first_only"]) == ("own_pooling:MAX", False)
     assert "own_pooling:MAX" not in tuple(POOLINGS)  # the registry does not list it
+    # The last batch is not full, and a pooling of no tokens would be infinite.
+    assert values["train_size"] % values["batch_size"]
+    losses = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert all(np.isfinite(line["loss"]).all() for line in losses)
     reference = Reference(run, values)
     check_engines(reference)
     texts = reference.texts[:8]
     expected = reference.classifier.predict(texts)
+    assert np.isfinite(expected.probabilities).all()
     folders = {"stablehlo": tmp_path / "programs", "onnx": tmp_path / "graphs"}
     for kind, folder in folders.items():
         options = [f"--model={run / 'model'}", f"--output={folder}", f"--format={kind}"]

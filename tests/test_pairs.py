@@ -1,4 +1,4 @@
-"""Pairs of texts with the pooling pair, from rows to every engine and exported program."""
+"""Pairs of texts, whose exits compare them, from rows to every engine and exported program."""
 
 import dataclasses
 import json
@@ -21,7 +21,7 @@ from sweet_jax.errors import UserError
 from sweet_jax.inference.artifact import open_model
 from sweet_jax.inference.saved_tokenizer import SavedTokenizer, load_saved_tokenizer
 from sweet_jax.models.checkpoint_folder import load_tokenizer, locate_checkpoint
-from sweet_jax.models.pooling import means_of_pair
+from sweet_jax.models.pooling import SHARPNESS, aligned_pair, means_of_pair
 from sweet_jax.pipeline import run
 from sweet_jax.preparation import prepare
 
@@ -42,12 +42,63 @@ def test_pair_pooling_joins_means_difference_and_product():
         means_of_pair(jnp.asarray(h), jnp.asarray(MASK), None)
 
 
-def test_pair_pooling_ignores_padding_in_values_and_gradients():
+def mean_distance_to_counterparts(own: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """Computes the alignment of one text [N, H] to another [M, H] token by token, [H]."""
+    distances = []
+    for x in own:
+        cosines = [x @ y / np.linalg.norm(x) / np.linalg.norm(y) for y in other]
+        weights = np.exp(SHARPNESS * np.asarray(cosines))
+        distances.append(abs(x - weights @ other / weights.sum()))
+    return np.mean(distances, axis=0)
+
+
+def test_aligned_pair_pooling_adds_mean_distances_to_counterparts():
+    h = np.random.default_rng(0).normal(size=(3, 6, 5)).astype(np.float32)
+    arguments = jnp.asarray(h), jnp.asarray(MASK), jnp.asarray(SECOND)
+    features = aligned_pair(*arguments)
+    assert features.shape == (3, 30)
+    np.testing.assert_array_equal(features[:, :20], means_of_pair(*arguments))
+    for row, (start, end) in enumerate([(3, 6), (1, 4), (2, 3)]):
+        first, second = h[row, :start].astype(np.float64), h[row, start:end].astype(np.float64)
+        sides = [(first, second), (second, first)]
+        expected = np.concatenate([mean_distance_to_counterparts(*side) for side in sides])
+        np.testing.assert_allclose(features[row, 20:], expected, atol=1e-5)
+    with pytest.raises(ValueError, match="second_start"):
+        aligned_pair(jnp.asarray(h), jnp.asarray(MASK), None)
+
+
+def test_aligned_pair_pooling_finds_the_same_tokens_in_another_order():
+    """The means of both texts are equal too, so the second pair differs in the distances alone."""
+    h = np.random.default_rng(0).normal(size=(1, 4, 200)).astype(np.float32)
+    flipped = np.stack([h[0, ::-1], h.mean(axis=1) + np.zeros((4, 1), np.float32)])  # [2, 4, H]
+    pairs = jnp.asarray(np.concatenate([np.repeat(h, 2, axis=0), flipped], axis=1))
+    second = jnp.tile(jnp.arange(8) >= 4, (2, 1))
+    features = aligned_pair(pairs, jnp.ones((2, 8), bool), second)
+    np.testing.assert_allclose(features[0, :800], features[1, :800], atol=1e-6)
+    assert abs(features[0, 800:]).max() < 1e-3 < 0.2 < abs(features[1, 800:]).mean()
+
+
+def test_aligned_pair_pooling_has_the_gradient_of_its_values():
+    h = np.random.default_rng(1).normal(size=(2, 5, 3))
+    with jax.enable_x64(True):
+        mask = jnp.asarray([[True] * 5, [True] * 4 + [False]])
+        pool = lambda x: aligned_pair(x, mask, jnp.arange(5)[None] >= jnp.asarray([[2], [3]])) ** 2
+        gradient = jax.grad(lambda x: pool(x).sum())(jnp.asarray(h))
+        assert gradient.dtype == jnp.float64
+        for index in np.ndindex(h.shape):
+            step = np.zeros_like(h)
+            step[index] = 1e-3
+            slope = (pool(h + step).sum() - pool(h - step).sum()) / 2e-3
+            np.testing.assert_allclose(gradient[index], slope, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("function", [means_of_pair, aligned_pair])
+def test_pair_pooling_ignores_padding_in_values_and_gradients(function):
     h = jax.random.normal(jax.random.key(0), (3, 6, 5))
     spoilt = jnp.where(MASK[..., None], h, jnp.nan)
     for starts in (STARTS, [6, 4, 0]):  # also pairs with one text without tokens
         second = jnp.arange(6)[None] >= jnp.asarray(starts)[:, None]
-        pool = lambda x, s=second: means_of_pair(x, jnp.asarray(MASK), s)
+        pool = lambda x, s=second: function(x, jnp.asarray(MASK), s)
         np.testing.assert_array_equal(pool(spoilt), pool(h))
         gradient = jax.grad(lambda x, p=pool: (p(x) ** 2).sum())(h)
         assert np.isfinite(gradient).all()
@@ -78,15 +129,18 @@ def test_tokenizers_give_the_start_of_the_second_text(tmp_path, kind):
 
 
 def test_jax_engine_equals_one_pass_model_on_pairs(tmp_path):
-    saved = Saved(tmp_path, "roberta", "pair", exits=(1, 3))
+    saved = Saved(tmp_path, "roberta", "aligned_pair", exits=(1, 3))
     check(saved, saved.confidence(), (16,), "jax", MODES[:1], full=False)
 
 
-@pytest.mark.parametrize("kind", ["bert", "roberta", "modernbert"])
-def test_onnx_runtime_equals_one_pass_model_on_pairs(tmp_path, kind):
+@pytest.mark.parametrize(
+    ("kind", "pooling"),
+    [("bert", "aligned_pair"), ("roberta", "pair"), ("modernbert", "aligned_pair")],
+)
+def test_onnx_runtime_equals_one_pass_model_on_pairs(tmp_path, kind, pooling):
     pytest.importorskip("onnxruntime", reason='pip install -e ".[onnx]"')
     pytest.importorskip("onnx", reason='pip install -e ".[onnx]"')
-    saved = Saved(tmp_path, kind, "pair", learned=kind == "bert")
+    saved = Saved(tmp_path, kind, pooling, learned=kind == "bert")
     check(saved, saved.confidence())
     if saved.scores is not None:
         check(saved, saved.scores, (5,), policy="learning_to_exit")
@@ -97,11 +151,11 @@ def unusual_pairs() -> list[tuple[str, str]]:
     return list(zip(texts, texts[::-1], strict=True))
 
 
-@pytest.mark.parametrize("kind", ["bert", "roberta"])
-def test_exported_python_program_equals_classifier_on_pairs(tmp_path, kind):
+@pytest.mark.parametrize(("kind", "pooling"), [("bert", "aligned_pair"), ("roberta", "pair")])
+def test_exported_python_program_equals_classifier_on_pairs(tmp_path, kind, pooling):
     pytest.importorskip("onnxruntime", reason='pip install -e ".[onnx]"')
     pytest.importorskip("onnx", reason='pip install -e ".[onnx]"')
-    saved = Saved(tmp_path, kind, "pair")
+    saved = Saved(tmp_path, kind, pooling)
     threshold = middle(saved.confidence())
     folder = tmp_path / "out"
     options = [f"--model={saved.folder}", f"--output={folder}", "--format=onnx"]
@@ -114,7 +168,7 @@ def test_exported_python_program_equals_classifier_on_pairs(tmp_path, kind):
 
 @pytest.mark.slow
 def test_exported_stablehlo_equals_classifier_on_pairs(tmp_path):
-    saved = Saved(tmp_path, "roberta", "pair")
+    saved = Saved(tmp_path, "roberta", "aligned_pair")
     threshold, folder = middle(saved.confidence()), tmp_path / "out"
     options = [f"--model={saved.folder}", f"--output={folder}", f"--threshold={threshold}"]
     assert export.main(options) == 0
@@ -179,9 +233,9 @@ def test_pair_pooling_probe_is_more_accurate_than_mean_pooling_probe(config, tmp
         scores[pooling] = [row["score"] for row in values["replicas"][0]["individual"]]
         baselines = values["baselines"]
         assert [baselines[f"probe_{e}"]["score"] for e in (1, 3)] == scores[pooling]
-        assert values["pooling"] == {"auto": "pair"}.get(pooling, pooling)
+        assert values["pooling"] == {"auto": "aligned_pair"}.get(pooling, pooling)
         about = json.loads((tmp_path / pooling / "model" / "exits.json").read_text())
-        assert (about["pooling"] == "pair") == (about["version"] == 7)
+        assert (about["pooling"] == "aligned_pair") == (about["version"] == 7)
     assert scores["auto"][0] > scores["mean"][0] + 0.15
     rows = [line.split(",") for line in Path(config.data_files).read_text().splitlines()[1:101]]
     saved = AdaptiveClassifier.from_pretrained(tmp_path / "auto" / "model", engine="jax")
@@ -200,10 +254,12 @@ def test_token_types_beyond_type_vocab_size_are_refused(config):
 
 def test_auto_pooling_depends_on_text_count_and_checkpoint(config):
     single = dataclasses.replace(config, text_columns="first")
-    assert prepare(config).config.pooling == "pair"
+    assert prepare(config).config.pooling == "aligned_pair"
     assert prepare(single).config.pooling == "mean"
     assert prepare(dataclasses.replace(config, pooling="")).config.pooling == "mean"
     declare(Path(config.checkpoint), {"pooling_mode": "cls"})
     assert prepare(config).config.pooling == "first"
-    with pytest.raises(UserError, match=r"pooling='pair' .* but a row has one, 'first': set"):
-        prepare(dataclasses.replace(single, pooling="pair"))
+    with pytest.raises(
+        UserError, match=r"pooling='aligned_pair' .* but a row has one, 'first': set"
+    ):
+        prepare(dataclasses.replace(single, pooling="aligned_pair"))

@@ -31,6 +31,7 @@ from experiments.panel_variants import (
     CELLS,
     CHANGES,
     CORE,
+    PAIR_PROBE,
     VARIANTS,
     config_of,
     stored_as,
@@ -206,7 +207,7 @@ def test_units_are_unique_and_start_with_the_core():
     pairs = [name for name in CELLS if stored_as(name, "recipe-mean") == "recipe-mean"]
     assert {CELLS[name].task for name in pairs} == {"mrpc", "rte", "qqp", "qnli", "mnli"}
     # For single texts, a variant that only changes the pooling of pairs is its base variant.
-    shared = (len(CELLS) - len(pairs)) * (1 + len(AUTO_PROBE))
+    shared = (len(CELLS) - len(pairs)) * (3 + len(PAIR_PROBE) + len(AUTO_PROBE))
     assert len(set(all_units)) == len(all_units) == len(CELLS) * (len(VARIANTS) + 1) - shared
     assert all_units[: len(units(CORE))] == units(CORE)
 
@@ -234,9 +235,11 @@ def test_variants_stored_as_one_run_share_its_scores_for_single_texts(tmp_path):
     scores, records = load_scores(tmp_path)
     for kind in ("trained", "refit"):
         of_cell = scores["sst2-500"]
-        areas = [of_cell[f"{name} {kind}"].area for name in ("recipe", "recipe-mean")]
-        np.testing.assert_array_equal(*areas)
-    assert not [name for name in scores["mrpc-500"] if "mean" in name]
+        areas = [
+            of_cell[f"{name} {kind}"].area for name in ("recipe", "recipe-pair", "recipe-mean")
+        ]
+        np.testing.assert_array_equal(areas, [areas[0]] * 3)
+    assert set(scores["mrpc-500"]) == {"recipe trained", "recipe refit"}
     assert set(records) == {("sst2-500", "recipe"), ("mrpc-500", "recipe")}
 
 

@@ -212,9 +212,10 @@ class HeadsKeys:
         "",
         (
             "What an exit reads: the first token through the pretrained pooler, the mean of all"
-            " tokens, or, for a pair of texts, both means, their difference and their product. "
-            '"" uses the preset\'s choice, else the checkpoint\'s, else the mean; "auto" does the'
-            ' same, but uses "pair" instead of the mean for pairs of texts. "module:OBJECT" is a'
+            " tokens, or, for a pair of texts, both means, their difference and their product"
+            ' ("pair"; "aligned_pair" adds the distances between aligned tokens). "" uses the'
+            " preset's choice, else the checkpoint's, else the mean; \"auto\" does the same, but"
+            ' uses "aligned_pair" instead of the mean for pairs of texts. "module:OBJECT" is a'
             " Pooling of your own."
         ),
         choices=lambda: (AUTO, *POOLINGS),
