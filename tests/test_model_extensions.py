@@ -42,7 +42,7 @@ NARROW = Pooling(lambda h, mask, second: h[:, 0, :3])
 """
 FUNCTION = """import jax.numpy as jnp
 def read_max(h, mask, second):
-    return jnp.max(jnp.where(mask[..., None], h, jnp.finfo(h.dtype).min), axis=1)
+    return jnp.max(jnp.where(mask[..., None], h, -jnp.inf), axis=1)
 """
 EXITS = (1, 3)
 
