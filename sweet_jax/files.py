@@ -48,9 +48,12 @@ def write_arrays(path: Path, arrays: Mapping[str, Any], *, compressed: bool = Fa
 
 
 def read_json(path: Path) -> Any:
-    """Reads a JSON file; raises OSError, or ValueError if it is not JSON."""
+    """Reads a JSON file; a byte order mark, which editors on Windows may write, is skipped.
+
+    Raises OSError, or ValueError if it is not JSON.
+    """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8-sig"))
     except RecursionError as error:
         raise ValueError("its JSON is nested too deeply") from error
 

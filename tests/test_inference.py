@@ -327,6 +327,9 @@ def test_folder_without_intact_saved_model_is_refused(sweet, checkpoint, tmp_pat
     folder = tmp_path / "model"
     shutil.copytree(sweet.classifier.model.folder, folder)
     about = json.loads((folder / "exits.json").read_text())
+    (folder / "exits.json").write_text(json.dumps(about), encoding="utf-8-sig")  # as Notepad may
+    opened = AdaptiveClassifier.from_pretrained(folder)
+    assert opened.classes == sweet.classifier.model.classes
     for change, message in (
         ({"version": 1}, "has version 1, but this release reads versions 4, 5, 6, 7"),
         ({"dials": {}}, "is damaged"),

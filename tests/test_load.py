@@ -580,6 +580,12 @@ def test_missing_data_package_error_gives_pip_command(name):
         resolve_path(name)
 
 
+def test_missing_data_package_error_without_a_clone_names_the_package(tmp_path, monkeypatch):
+    monkeypatch.setattr("sweet_jax.paths._CLONE", tmp_path)
+    with pytest.raises(UserError, match=r"pip install --no-deps absent-package-x$"):
+        resolve_path("pkg://absent_package_x/a.csv")
+
+
 def test_data_package_path_is_resolved_without_importing_it(tmp_path, monkeypatch):
     package = tmp_path / "some_package_of_data"
     package.mkdir()

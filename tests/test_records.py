@@ -280,7 +280,10 @@ def test_parquet_text_may_have_any_string_or_binary_type(tmp_path, kind):
         binary = pa.types.is_binary(kind) or "binary" in str(kind)
         values = pa.array([text.encode() for text in texts] if binary else texts, kind)
     path = tmp_path / "rows.parquet"
-    pq.write_table(pa.table({"text": values, "label": values}), path)
+    try:
+        pq.write_table(pa.table({"text": values, "label": values}), path)
+    except pa.ArrowNotImplementedError as error:  # views, in older versions
+        pytest.skip(str(error))
     assert texts_of(path) == labels_of(path) == texts
     assert load_training_data(path).classes == ("a", "b", "é")
     assert last_position(path) == len(texts)
