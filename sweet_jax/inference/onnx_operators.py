@@ -160,9 +160,9 @@ def _dot_general(writer: GraphWriter, operation: Operation) -> str:
     (a, b), out = operation.inputs, operation.outputs[0]
     contracted, batches = operation.params["dimension_numbers"]
     names, free = [], []
-    for value, over, batch in zip((a, b), contracted, batches, strict=True):
+    # Both may be one and the same array, as in x x'.
+    for first, value, over, batch in zip((True, False), (a, b), contracted, batches, strict=True):
         rest = [i for i in range(len(value.shape)) if i not in (*over, *batch)]
-        first = value is a
         order = [*batch, *rest, *over] if first else [*batch, *over, *rest]
         name = writer.transpose(writer.full(value), order)
         shape = tuple(value.shape[i] for i in order)
