@@ -22,15 +22,13 @@ from experiments.panel_variants import (
 Table = tuple[Sequence[str], list[list[str]]]  # header, rows
 _PAIRS = (("sweet", "early_exit"), ("multi_model", "early_exit"), ("sweet", "multi_model"))
 _READOUTS = tuple(f"{readout} {kind}" for readout in READOUTS for kind in ("trained", "refit"))
-SHOWN_READOUTS = _READOUTS[:6]
+SHOWN_READOUTS = _READOUTS[:8]
 _P = "p after Holm"
-# By label: the variant that compares the texts of a pair, and the one that does not.
+# By pooling of pairs: what it is compared with, the prefixes of the records of both frozen probes,
+# and the endings of the variants of both, of the recipe and of the methods.
 _POOLINGS = {
-    "recipe": ("recipe", "recipe-mean"),
-    **{
-        f"{paper.NAMES[method]}, probe": (f"{method}-auto-probe", f"{method}-mean-probe")
-        for method in METHODS
-    },
+    "pair": ("mean", ("pair_probe", "mean_probe"), ("-pair", "-mean"), ("pair", "mean")),
+    "aligned_pair": ("pair", ("probe", "pair_probe"), ("", "-pair"), ("auto", "pair")),
 }
 
 
@@ -71,14 +69,23 @@ def training_table(by_cell: ScoresByCell) -> Table:
     return _differences(by_cell, pairs, "heads", distinct=False)
 
 
-def pooling_table(by_cell: ScoresByCell, variants: Sequence[str] = tuple(_POOLINGS)) -> Table:
-    """Returns exits and areas with and without comparing the texts of a pair, by cell.
+def pooling_table(by_cell: ScoresByCell, pooling: str, shown: Sequence[str] | None = None) -> Table:
+    """Returns exits and areas with a pooling that compares pairs, and with another one, by cell.
 
     The first rows are the frozen probe's, which has no area.
 
-    variants: those of _POOLINGS to show; p-values are corrected over all of _POOLINGS.
+    Args:
+      by_cell: scores of all cells.
+      pooling: one of _POOLINGS.
+      shown: labels of the variants to show, all by default; p-values are corrected over all.
+
     """
-    frozen = [[f"{kind}_{layer}" for layer in (1, 2, 4, 6)] for kind in ("mean_probe", "probe")]
+    other, probes, recipes, readouts = _POOLINGS[pooling]
+    variants = {"recipe": (f"recipe{recipes[0]}", f"recipe{recipes[1]}")}
+    for method in METHODS:
+        names = (f"{method}-{readouts[0]}-probe", f"{method}-{readouts[1]}-probe")
+        variants[f"{paper.NAMES[method]}, probe"] = names
+    frozen = [[f"{kind}_{layer}" for layer in (1, 2, 4, 6)] for kind in reversed(probes)]
     rows = [
         [
             "frozen probe",
@@ -86,23 +93,28 @@ def pooling_table(by_cell: ScoresByCell, variants: Sequence[str] = tuple(_POOLIN
             *(exits_text([scores[name] for name in each]) for each in frozen),
         ]
         for cell, scores in by_cell.items()
-        if set(frozen[0]) <= set(scores)
+        if {*frozen[0], *frozen[1]} <= set(scores)
     ]
-    compared = [row for row in _by_cell(by_cell, _POOLINGS) if row[0] in variants]
+    compared = [
+        row
+        for row in _by_cell(by_cell, variants)
+        if row[0] in (variants if shown is None else shown)
+    ]
     rows = [[*row, "", ""] for row in rows] + compared
-    return ("variant", "cell", "exits, mean", "exits, pair", "area, pair - mean", _P), rows
+    area = f"area, {pooling} - {other}"
+    return ("variant", "cell", f"exits, {other}", f"exits, {pooling}", area, _P), rows
 
 
 def decay_table(by_cell: ScoresByCell) -> Table:
     """Returns the recipe's exits and area with and without layer_decay, by cell."""
-    rows = _by_cell(by_cell, {"recipe": ("recipe-decay", "recipe")})
+    rows = _by_cell(by_cell, {"recipe": ("recipe-decay", "recipe-pair")})
     header = ("cell", "exits, layer_decay 1", "exits, layer_decay 0.8", "area, 0.8 - 1", _P)
     return header, [row[1:] for row in rows]
 
 
 def scaling_table(by_cell: ScoresByCell) -> Table:
     """Returns the recipe's exits and area with and without layer_scaling, by cell."""
-    rows = _by_cell(by_cell, {"recipe": ("recipe-scaling", "recipe")})
+    rows = _by_cell(by_cell, {"recipe": ("recipe-scaling", "recipe-pair")})
     header = ("cell", "exits, layer_scaling 1", "exits, layer_scaling 0.5", "area, 0.5 - 1", _P)
     return header, [row[1:] for row in rows]
 
@@ -119,7 +131,7 @@ def _by_cell(by_cell: ScoresByCell, variants: Mapping[str, tuple[str, str]]) -> 
     for label, pair in variants.items():
         first, second = (f"{name} refit" for name in pair)
         for cell in cells_with(by_cell, (first, second)):
-            if _are_distinct_runs(cell, first, second):
+            if len({stored_as(cell, variant) for variant in pair}) == 2:
                 scores = by_cell[cell]
                 texts = [
                     label,

@@ -77,7 +77,9 @@ def _sections(by_cell: ScoresByCell) -> dict[str, Table]:
     sections["Differences between the methods, by read-out"] = gaps_table(by_cell)
     sections["What a change adds to mean pooling and a probe"] = changes_table(by_cell)
     sections["What the recipe's training adds"] = training_table(by_cell)
-    sections["What comparing the texts of a pair adds, heads refitted"] = pooling_table(by_cell)
+    for pooling, what in (("pair", "comparing the texts"), ("aligned_pair", "aligning the tokens")):
+        heading = f"What {what} of a pair adds, heads refitted"
+        sections[heading] = pooling_table(by_cell, pooling)
     sections["What layer_decay 0.8 adds to the recipe, heads refitted"] = decay_table(by_cell)
     sections["What layer_scaling 0.5 adds to the recipe, heads refitted"] = scaling_table(by_cell)
     for heading, references in (

@@ -226,7 +226,10 @@ TABLES: dict[str, Callable[[Studies], Table]] = {
         _panel(s), panel_differences.SHOWN_READOUTS
     ),
     "panel-setfit": lambda s: panel_differences.setfit_table(s.folder / "panel"),
-    "panel-pairs": lambda s: panel_differences.pooling_table(_panel(s), ["recipe"]),
+    "panel-pairs": lambda s: panel_differences.pooling_table(_panel(s), "pair", ["recipe"]),
+    "panel-aligned": lambda s: panel_differences.pooling_table(
+        _panel(s), "aligned_pair", ["recipe"]
+    ),
     "panel-decay": lambda s: panel_differences.decay_table(_panel(s)),
     "panel-training": lambda s: panel_differences.training_table(_panel(s)),
     "panel-scaling": lambda s: panel_differences.scaling_table(_panel(s)),
