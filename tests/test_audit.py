@@ -88,6 +88,19 @@ def test_confidence_sequence_covers_means_beyond_its_candidates():
         assert sequence.interval == expected
 
 
+def test_confidence_sequence_has_no_bounds_that_exclude_the_mean():
+    """The sequence is that of a constant mean, and the mean of all values changes."""
+    sequence, unknown = ConfidenceSequence(), []
+    for value in np.concatenate([bernoulli(0.99, 1500, 0), bernoulli(0.6, 1500, 1)]):
+        sequence = sequence.observe(value)
+        low, high = sequence.interval
+        unknown.append(np.isnan(low))
+        assert low <= sequence.mean <= high or np.isnan([low, high]).all()
+    assert not any(unknown[:1500])
+    assert unknown[-1]
+    assert ConfidenceSequence().interval == (0, 1)
+
+
 @pytest.mark.parametrize("values_before", [0, 2000])
 def test_mean_test_detects_change_at_any_time(values_before):
     test = MeanTest(0.95)

@@ -57,7 +57,7 @@ class AuditSummary(NamedTuple):
       exits: statistics of each exit.
       agreement: agreement of the served answers with the last exit over all audited texts; NaN if
         there are none.
-      low, high: confidence sequence of the agreement.
+      low, high: confidence sequence of the agreement; NaN if the agreement has changed.
       cost, expected_cost: mean share of the layers computed for the newest audited texts, and for
         the calibration rows; NaN if unknown.
       target: minimum agreement; None for no alarm.

@@ -23,7 +23,8 @@ def render_page(audit: Audit, task: str) -> str:
     summary, counts = audit.summary(), audit.counts()
     state, kind = _state(audit, summary)
     agreement = f"{_number(summary.agreement)}, {summary.level:.0%} confidence sequence "
-    agreement += f"{_number(summary.low)} to {_number(summary.high)}"
+    bounds = f"{_number(summary.low)} to {_number(summary.high)}"
+    agreement += "unknown: the agreement has changed" if math.isnan(summary.low) else bounds
     if summary.target is not None:
         agreement += f"; the target is at least {_number(summary.target)}"
     values = {
