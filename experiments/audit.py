@@ -41,7 +41,11 @@ from sweet_jax.data.records import read_records
 from sweet_jax.data.tables import Columns
 from sweet_jax.errors import UserError
 from sweet_jax.exits.outputs import ExitOutputs
-from sweet_jax.exits.shift import calibration_histograms, population_stability_index
+from sweet_jax.exits.shift import (
+    calibration_histograms,
+    comparable_front,
+    population_stability_index,
+)
 from sweet_jax.files import write_json, write_text
 from sweet_jax.inference.all_exits import compute_all_exits
 from sweet_jax.inference.audit_statistics import certified_agreement
@@ -71,12 +75,12 @@ def cola_texts(folder: Path) -> list[str]:
 
 
 def stability(classifier: AdaptiveClassifier, rows: Rows) -> list[float]:
-    """Returns the population stability index of each early exit on some rows."""
-    policy = str(classifier.policy)
-    bins = calibration_histograms(classifier.model.resolver.fronts[policy])
+    """Returns the population stability index of each early exit; [] if it is unknown."""
+    resolver, calibrator = classifier.model.resolver, classifier.calibrator
+    front = comparable_front(resolver, classifier.policy_name, calibrator)
     return [
         population_stability_index(b.shares, b.count_in_bins(rows.reached[:, e]))
-        for e, b in enumerate(bins)
+        for e, b in enumerate(calibration_histograms(front) if front else [])
     ]
 
 
@@ -172,7 +176,8 @@ def _shift_table(shifts: Sequence[dict[str, Any]]) -> list[str]:
     rows = []
     for r in shifts:
         cells = [f"{100 * r[key]:.1f}" for key in ("target", "usual", "shifted")]
-        cells.append(f"{max(r['usual_stability']):.2f}, {max(r['stability']):.2f}")
+        pair = [r[key] for key in ("usual_stability", "stability")]
+        cells.append(", ".join(f"{max(each):.2f}" if each else "unknown" for each in pair))
         cells.append("{:.2f}, {:.2f}".format(*r["cost"]))
         for name in ("delay_0.02", "delay_0.1", "shift_delay"):
             delay = r[name]

@@ -19,7 +19,7 @@ from sweet_jax.errors import UserError
 from sweet_jax.exits.certificates import LossCounts
 from sweet_jax.exits.operating_point import make_resolver
 from sweet_jax.exits.outputs import RunIdentity
-from sweet_jax.exits.policies import exit_confidences
+from sweet_jax.exits.policies import UnlabeledOutputs, exit_confidences
 from sweet_jax.exits.sequential import ConfidenceSequence, MeanTest, ShiftTest
 from sweet_jax.exits.shift import (
     calibration_histograms,
@@ -30,7 +30,12 @@ from sweet_jax.inference.all_exits import compute_all_exits
 from sweet_jax.inference.artifact import ModelArtifact, NetworkFiles
 from sweet_jax.inference.audit_identity import describe_audited
 from sweet_jax.inference.audit_log import AuditLog, AuditRow, read_audit_log
-from sweet_jax.inference.audit_statistics import AuditStatistics, certified_agreement
+from sweet_jax.inference.audit_statistics import (
+    AuditStatistics,
+    AuditSummary,
+    certified_agreement,
+)
+from sweet_jax.inference.scheduler import ExitRule
 from sweet_jax.objectives.multi_label import MULTI_LABEL
 from sweet_jax.objectives.objective import softmax
 
@@ -83,6 +88,19 @@ def test_confidence_sequence_covers_means_beyond_its_candidates():
         assert sequence.interval == expected
 
 
+def test_confidence_sequence_has_no_bounds_that_exclude_the_mean():
+    """The sequence is that of a constant mean, and the mean of all values changes."""
+    sequence, unknown = ConfidenceSequence(), []
+    for value in np.concatenate([bernoulli(0.99, 1500, 0), bernoulli(0.6, 1500, 1)]):
+        sequence = sequence.observe(value)
+        low, high = sequence.interval
+        unknown.append(np.isnan(low))
+        assert low <= sequence.mean <= high or np.isnan([low, high]).all()
+    assert not any(unknown[:1500])
+    assert unknown[-1]
+    assert ConfidenceSequence().interval == (0, 1)
+
+
 @pytest.mark.parametrize("values_before", [0, 2000])
 def test_mean_test_detects_change_at_any_time(values_before):
     test = MeanTest(0.95)
@@ -131,6 +149,61 @@ def test_calibration_histograms_agree_with_saved_pareto_front(sweet):
         assert (np.diff(histogram.edges) > 0).all()
         for edge, above in zip(histogram.edges, 1 - np.cumsum(histogram.shares), strict=False):
             assert front.shares_at(edge)[: e + 1].sum() == pytest.approx(above)
+
+
+def draw_outputs(count: int, scale: float, rng: np.random.Generator) -> ExitOutputs:
+    """Draws rows with logits of three exits, which are more confident with a larger scale."""
+    labels = rng.integers(0, 3, count)
+    logits = rng.normal(size=(1, 3, count, 3)) + rng.normal(size=(count, 3))
+    logits += np.asarray([0.5, 1.0, 1.5])[:, None, None] * np.eye(3)[labels]
+    return ExitOutputs((scale * logits).astype(np.float32), labels, [1, 2, 4])
+
+
+def summarize_audit(resolver, policy: str, target: dict, outputs: ExitOutputs) -> AuditSummary:
+    """Returns the statistics of an audit of all rows, answered at a target."""
+    threshold, calibrator = resolver.threshold(policy, **target)
+    fields = dict.fromkeys(field.name for field in dataclasses.fields(ModelArtifact))
+    layers = tuple(outputs.layers.tolist())
+    fields |= {"objective": outputs.objective, "resolver": resolver, "layers": layers}
+    rule = ExitRule(policy, threshold, calibrator, layers)
+    model = ModelArtifact(**fields | {"cost": outputs.cost})
+    statistics = AuditStatistics(model, rule, None, 0.95)
+    for logits in np.moveaxis(outputs.logits[0], 1, 0):  # [E, C]
+        one = UnlabeledOutputs(logits[None, :, None], outputs.layers)
+        leaves = exit_confidences(one, policy, [calibrator])[0, :, 0] >= threshold
+        statistics.add(statistics.row(logits, None, int(np.append(leaves[:-1], True).argmax())))
+    return statistics.summary()
+
+
+@pytest.mark.parametrize(
+    ("policy", "target", "known"),
+    [
+        ("confidence", {"cost": 0.7}, True),
+        ("margin", {"accuracy": 0.6}, True),
+        ("confidence", {"agreement": 0.75}, False),
+        ("pcee", {"cost": 0.7}, False),
+        ("pcee_isotonic", {"risk": 0.2}, False),
+    ],
+)
+def test_audit_reports_shift_only_if_texts_have_shifted(policy, target, known):
+    """Nothing is compared with confidences that another calibrator computed."""
+    rng = np.random.default_rng(0)
+    resolver = make_resolver(draw_outputs(400, 2.0, rng), (policy,))
+    same, other = (
+        summarize_audit(resolver, policy, target, draw_outputs(500, scale, rng))
+        for scale in (2.0, 1.0)
+    )
+    assert all(not exit.stability > 0.1 for exit in same.exits)
+    assert all(not exit.p_value < 0.01 for exit in same.exits)
+    assert not abs(same.cost - same.expected_cost) > 0.05
+    if known:
+        assert same.expected_cost == pytest.approx(same.cost, abs=0.05)
+        assert other.exits[1].stability > 0.25
+        assert other.exits[1].p_value < 1e-6
+    else:
+        unknown = [(e.expected_share, e.stability, e.p_value) for e in other.exits]
+        assert np.isnan([other.expected_cost, *np.ravel(unknown)]).all()
+    assert np.isfinite([same.cost, other.cost]).all()
 
 
 OLD_IDENTITY = {"layers": [1, 2], "classes": 2}  # of a model, in logs of earlier versions

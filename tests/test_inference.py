@@ -14,11 +14,13 @@ import pytest
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy_engine import load_engine
 from tiny import WORDS, write_checkpoint
 
 from sweet_jax import AdaptiveClassifier, export, predict
 from sweet_jax.errors import UserError
 from sweet_jax.exits.policies import exit_confidences
+from sweet_jax.inference import classifier as classifier_module
 from sweet_jax.inference.engine_choice import default_engine
 from sweet_jax.inference.engine_jax import JaxEngine, stage_parameters
 from sweet_jax.inference.latency import read_latency
@@ -31,6 +33,36 @@ from sweet_jax.models.pretrained import open_checkpoint
 from sweet_jax.objectives.objective import softmax
 
 POLICIES = ("confidence", "entropy", "patience", "voting", "learning_to_exit", "pcee_isotonic")
+
+
+@pytest.mark.parametrize(
+    ("policy", "target", "warns"),
+    [
+        ("pcee", {"accuracy": 0.7}, True),
+        ("pcee", {"accuracy": 0.5}, False),
+        ("pcee", {"cost": 0.9}, False),
+        ("confidence", {"accuracy": 0.5}, False),
+    ],
+)
+def test_accuracy_out_of_reach_is_warned_of_where_it_is_a_threshold(
+    sweet, caplog, monkeypatch, policy, target, warns
+):
+    """Uses a model whose calibration rows reach an accuracy of 0.6."""
+    model = sweet.classifier.model
+    front = model.resolver.fronts[policy]
+    front = dataclasses.replace(front, score=0.6 + front.score - front.score[-1])
+    resolver = dataclasses.replace(model.resolver, fronts={policy: front})
+    model = dataclasses.replace(model, resolver=resolver)
+    monkeypatch.setattr(classifier_module, "open_model", lambda *_: model)
+    monkeypatch.setattr(classifier_module, "load_engine", lambda *_: load_engine(model))
+    loaded = AdaptiveClassifier.from_pretrained(model.folder, policy=policy, engine="jax", **target)
+    if policy == "pcee" and "accuracy" in target:
+        assert loaded.threshold == target["accuracy"]
+    expected = (
+        "accuracy=0.7 is out of reach: the calibration rows reach at most 0.6000, but under pcee "
+        "it only sets the threshold, 0.7: set a value within reach"
+    )
+    assert caplog.messages == [expected] * warns
 
 
 def assert_equals_evaluation(reference, classifier, order, batch_size, mode):

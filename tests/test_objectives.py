@@ -381,6 +381,27 @@ def test_regression_curve_equals_loop_over_rows(regression_outputs, metric, orac
         np.testing.assert_allclose((cost, value), expected, rtol=1e-5)
 
 
+@pytest.mark.parametrize("exit", [0, 1, 2])
+def test_nan_of_an_early_exit_changes_no_point_of_the_curve(exit):
+    """A row does not answer at an exit whose number is NaN."""
+    identity = RunIdentity(objective="regression", policy="stability")
+    rng = np.random.default_rng(0)
+    targets = rng.normal(size=50)
+    noise = rng.normal(size=(4, 50)) * np.asarray([1.0, 0.6, 0.4, 0.2])[:, None]
+    logits = (targets + noise).astype(np.float32)[..., None]  # [E, N, 1]
+    logits[exit, 0] = np.nan
+    outputs = ExitOutputs(logits, targets, [1, 2, 4, 6], identity=identity)
+    confidences = exit_confidences(outputs, "stability")[0]
+    curve = simulate(outputs, "stability")
+    points = zip(curve.threshold[0], curve.cost[0], curve.score[0], strict=True)
+    for threshold, cost, score in points:
+        expected = point_by_loop(
+            outputs, confidences, threshold, lambda y, predicted: -np.abs(y - predicted).mean()
+        )
+        np.testing.assert_allclose((cost, score), expected, rtol=1e-5)
+    assert np.isfinite(curve.score).all()
+
+
 @pytest.mark.parametrize(("offset", "deviation"), [(0, 1), (1e6, 0.5), (1.6e9, 1e3)])
 def test_pearson_is_accurate_for_large_numbers(offset, deviation):
     rng = np.random.default_rng(0)

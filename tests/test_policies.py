@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import warnings
 
 import numpy as np
 import pytest
@@ -355,6 +356,15 @@ def test_confidence_quality_equals_loops_over_rows():
         assert row["auroc"] == pytest.approx(np.mean(pairs))
         assert 0 <= row["ece"] <= 1
         assert row["classwise_ece"] == pytest.approx(classwise_error(outputs, e, temperatures[e]))
+
+
+def test_entropy_of_infinite_logits_never_leaves_and_emits_no_warning():
+    logits = np.asarray([[[[np.inf, 0.0], [-np.inf, 0.0]], [[1.0, 0.0], [1.0, 0.0]]]], np.float32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        confidences = exit_confidences(ExitOutputs(logits, [0, 1], [1, 2]), "entropy")
+    assert np.isneginf(confidences[0, 0, 0])
+    assert confidences[0, 0, 1] == np.nextafter(1.0, 0.0)
 
 
 def test_entropy_confidence_of_uniform_probabilities_is_not_negative():

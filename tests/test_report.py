@@ -839,6 +839,12 @@ def test_pareto_front_ignores_rounding_differences_of_the_metric():
     assert ParetoFront.from_curve(curve, 0).cost.tolist() == [0.2, 0.6]
 
 
+def test_pareto_front_leaves_out_only_points_without_a_metric():
+    cost, score = np.asarray([[0.2, 0.4, 0.6, 0.8]]), np.asarray([[0.5, np.nan, 0.4, 0.7]])
+    curve = Curve(np.asarray([[0.1, 0.2, 0.3, 0.4]]), cost, score, np.ones((1, 4, 2)))
+    assert ParetoFront.from_curve(curve, 0).cost.tolist() == [0.2, 0.8]
+
+
 def test_page_of_a_diverged_regression_runs_without_errors(tmp_path, browser):
     analysis = regression_analysis(DIVERGED["all"])
     results = build_results(REGRESSION, analysis, TrainingRecord(900))

@@ -73,8 +73,9 @@ def entropy(inputs: PolicyInput) -> np.ndarray:
     reversed so that higher means more certain.
     """
     scaled = inputs.logits.astype(np.float64) / inputs.calibrator.temperatures[:, None, None]
-    logs = log_softmax(categorical_variables(inputs.objective).logits(scaled))
-    with np.errstate(invalid="ignore"):  # 0 times -inf for probabilities of 0
+    logits = categorical_variables(inputs.objective).logits(scaled)
+    with np.errstate(invalid="ignore"):  # infinite logits, and 0 times -inf where logs are -inf
+        logs = log_softmax(logits)
         terms = np.where(np.isneginf(logs), 0, np.exp(logs) * logs)  # [E', N, V, K]
     share = terms.sum(axis=-1) / np.log(max(2, logs.shape[-1]))
     return np.clip(1 + share.mean(axis=-1), 0, BELOW_ONE)

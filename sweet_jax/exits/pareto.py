@@ -49,7 +49,7 @@ class ParetoFront:
             getattr(curve, name)[replica] for name in ("threshold", "cost", "score", "shares")
         )
         order = np.lexsort((threshold, -metric, cost))
-        best = np.maximum.accumulate(np.append(-np.inf, metric[order]))
+        best = np.fmax.accumulate(np.append(-np.inf, metric[order]))  # a NaN is no point
         keep = order[metric[order] > best[:-1] + _ROUNDING]
         some = np.unique(np.linspace(0, len(threshold) - 1, _LEVELS).round().astype(int))
         points = (cost[keep], metric[keep], threshold[keep], shares[keep])

@@ -31,7 +31,8 @@ class ConfidenceSequence:
 
     This is the hedged capital process with predictable plug-in bets (section 4, theorem 3). Half of
     the capital bets that the mean is above a candidate, and half that it is below. A candidate is
-    ruled out once either half reaches 2 / (1 - level).
+    ruled out once either half reaches 2 / (1 - level). The bounds hold while the mean of the values
+    does not change: after a change they bound neither the old mean nor that of all values.
 
     Attributes:
       level: confidence level.
@@ -75,6 +76,9 @@ class ConfidenceSequence:
     def interval(self) -> tuple[float, float]:
         """Returns the bounds of the mean, rounded outward to the next candidate.
 
+        NaN if the mean has changed, so that no candidate, or not the mean so far, explains all
+        values.
+
         The capital that bets on a mean above a candidate grows as the candidate decreases, so it
         rules out all candidates up to some value. Likewise, the other half rules out all candidates
         from some value on.
@@ -82,8 +86,8 @@ class ConfidenceSequence:
         limit = math.log(2 / (1 - self.level))
         low = _CANDIDATES[self.above >= limit].max(initial=0.0)
         high = _CANDIDATES[self.below >= limit].min(initial=1.0)
-        if low >= high:  # the mean has changed, so no candidate explains all values
-            return self.mean, self.mean
+        if low >= high or self.mean < low or self.mean > high:
+            return math.nan, math.nan
         return float(low), float(high)
 
 

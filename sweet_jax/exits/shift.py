@@ -8,7 +8,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from sweet_jax.exits.calibration import Calibrator
 from sweet_jax.exits.pareto import ParetoFront
+from sweet_jax.exits.resolver import ThresholdResolver, reads_curve
 
 _BINS = 10
 
@@ -31,6 +33,21 @@ class Histogram(NamedTuple):
         return np.bincount(
             np.searchsorted(self.edges, values, side="right"), minlength=len(self.shares)
         )
+
+
+def comparable_front(
+    resolver: ThresholdResolver, policy: str, calibrator: Calibrator
+) -> ParetoFront | None:
+    """Returns the front of a policy if its confidences may be compared with a calibrator's.
+
+    None if there is none. The confidences of fronts are computed with the calibrator fitted on all
+    calibration rows, and those of PCEE with the curves of cross-fitting, with which no text is
+    answered. A certified target is served with another calibrator. Then confidences are distributed
+    differently even if the texts are not.
+    """
+    if calibrator is not resolver.calibrator or policy not in resolver.fronts:
+        return None
+    return None if reads_curve(policy) else resolver.fronts[policy]
 
 
 def calibration_histograms(front: ParetoFront) -> list[Histogram]:

@@ -137,13 +137,18 @@ def _simulate_one(outputs: ExitOutputs, confidences: np.ndarray, metric: Metric)
 
     targets, classes = outputs.labels[0], outputs.logits.shape[-1]
     statistics = metric.row_statistics(outputs.predictions[0], targets, classes)  # [E, N, S]
+    summed = sums(np.nan_to_num(statistics, posinf=0.0, neginf=0.0))  # [1 + G, S]
+    diverged = ~np.isfinite(statistics)
+    if diverged.any():  # cumulative sums would keep a NaN at points where its exit does not answer
+        # Without a full model to compare with, no point has a metric.
+        summed[(sums(diverged) > 0) | diverged[-1].any(axis=0)] = np.nan
     totals = metric.target_statistics(targets, classes).sum(axis=0)  # [U]
     shares = sums(np.broadcast_to(np.eye(exits)[:, None], (exits, count, exits)))  # counts
     above = np.nextafter(level[:1], np.inf) if len(level) else np.zeros(1)
     values = (
         np.concatenate([above, level[ends[1:] - 1]]),
         shares @ outputs.cost / count,
-        metric.value(sums(statistics), totals),
+        metric.value(summed, totals),
         shares / count,
     )
     return Curve(*(value[::-1] for value in values))

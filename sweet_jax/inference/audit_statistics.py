@@ -15,6 +15,7 @@ from sweet_jax.exits.policies import UnlabeledOutputs, exit_confidences, policy_
 from sweet_jax.exits.sequential import ConfidenceSequence, MeanTest, ShiftTest
 from sweet_jax.exits.shift import (
     calibration_histograms,
+    comparable_front,
     population_stability_index,
     two_sample_p_value,
 )
@@ -33,10 +34,10 @@ class ExitAudit(NamedTuple):
       agreement: share of all audited texts for which this exit predicts what the last exit does;
         their mean credit if the metric gives partial credit, see `AuditRow`.
       share, expected_share: share of the newest audited texts, and of the calibration rows, that
-        exit here; NaN if unknown.
+        exit here; NaN if unknown, see `comparable_front`.
       stability, p_value: population stability index, and p-value of a two-sample test, of the
-        newest audited texts against the calibration rows, see `exits/shift.py`; NaN for the last
-        exit, where all remaining texts exit.
+        newest audited texts against the calibration rows, see `exits/shift.py`; NaN if unknown, and
+        for the last exit, where all remaining texts exit.
 
     """
 
@@ -56,9 +57,9 @@ class AuditSummary(NamedTuple):
       exits: statistics of each exit.
       agreement: agreement of the served answers with the last exit over all audited texts; NaN if
         there are none.
-      low, high: confidence sequence of the agreement.
+      low, high: confidence sequence of the agreement; NaN if the agreement has changed.
       cost, expected_cost: mean share of the layers computed for the newest audited texts, and for
-        the calibration rows.
+        the calibration rows; NaN if unknown.
       target: minimum agreement; None for no alarm.
       level: level of the confidence sequence, and of both alarms together.
       capital: largest capital so far of the test against the target; the alarm is raised at
@@ -113,7 +114,7 @@ class AuditStatistics:
         metric = objective.metric(model.resolver.metric or objective.metrics[0])
         self._agrees = metric.credit or objective.same
         name = policy_name(rule.policy)
-        self._front = model.resolver.fronts.get(name)
+        self._front = comparable_front(model.resolver, name, rule.calibrator)
         self._histograms = calibration_histograms(self._front) if self._front else []
         losses = model.resolver.losses.get(name)
         # Certificates are tested on half of the calibration rows; the other half fitted the

@@ -5,6 +5,7 @@ Shape letters: E exit, N texts, C classes.
 
 import functools
 import itertools
+import logging
 import math
 import numbers
 import types
@@ -40,6 +41,8 @@ from sweet_jax.inference.predictions import (
 from sweet_jax.inference.scheduler import ExitRule, Request, Scheduler
 from sweet_jax.inference.streaming import stream_in_order
 from sweet_jax.inference.text_tables import TextTable
+
+log = logging.getLogger(__name__)
 
 MODES = ("throughput", "latency")
 
@@ -110,6 +113,27 @@ class AdaptiveClassifier:
             clock = table.until_exit(self.model.median_tokens)
         return self.model.resolver.threshold(name, **target, clock=clock)
 
+    def _warn_if_out_of_reach(self, target: Mapping[str, float]) -> None:
+        """Logs a warning if the accuracy or error that is PCEE's threshold cannot be reached.
+
+        Metrics such as F1, which are not a share of the rows, are not compared with an accuracy.
+        """
+        if "error" in target:
+            text, sign, most = f"error={target['error']:g}", -1, "least"
+        elif "accuracy" in target and self.model.objective.metric(self.model.metric).is_share:
+            text, sign, most = f"accuracy={target['accuracy']:g}", 1, "most"
+        else:
+            return
+        if not policy_rule(self.policy).curve:
+            return
+        reachable = self.model.resolver.resolve(self.policy_name, target).reachable
+        if reachable < sign * next(iter(target.values())):
+            log.warning(
+                "%s is out of reach: the calibration rows reach at %s %.4f, but under %s it only "
+                "sets the threshold, %g: set a value within reach",
+                *(text, most, sign * reachable, self.policy_name, self.threshold),
+            )
+
     def __reduce__(self) -> Any:
         raise TypeError(
             "an AdaptiveClassifier holds compiled programs and cannot be pickled or copied: open "
@@ -159,7 +183,8 @@ class AdaptiveClassifier:
             onnxruntime; defaults to the number of physical cores.
           **target: see `Target`.
 
-        Raises UserError, see `open_model`, `load_engine` and `ThresholdResolver.threshold`.
+        Raises UserError, see `open_model`, `load_engine` and `ThresholdResolver.threshold`. Logs a
+        warning if an accuracy or error is out of reach under PCEE, where it is never infeasible.
 
         """
         targets = _given(target)
@@ -167,7 +192,10 @@ class AdaptiveClassifier:
         dtype = precision or dtype
         model = open_model(name, dtype)
         engine = engine or default_engine(model, dtype)
-        return cls(model, policy, targets, load_engine(engine, model, dtype, cache_dir, threads))
+        loaded = load_engine(engine, model, dtype, cache_dir, threads)
+        classifier = cls(model, policy, targets, loaded)
+        classifier._warn_if_out_of_reach(targets)
+        return classifier
 
     def at(
         self, policy: str | PolicyFunction | None = None, **target: Unpack[Target]

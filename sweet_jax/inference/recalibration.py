@@ -65,9 +65,10 @@ def fit_by_agreement(
 ) -> Recalibration:
     """Fits the resolver on unlabeled rows: an exit is right where it agrees with the last exit.
 
-    The last exit keeps its temperature, which cannot be fitted on such rows. The default operating
-    point, which keeps the last exit's metric, now keeps the agreement that it had on the original
-    calibration rows; an agreement of 1 would be stricter than the default was.
+    The last exit keeps its temperature, which cannot be fitted on such rows, also for certified
+    targets, whose loss counts do not depend on it. The default operating point, which keeps the
+    last exit's metric, now keeps the agreement that it had on the original calibration rows; an
+    agreement of 1 would be stricter than the default was.
 
     Args:
       model: the model that computed the outputs.
@@ -94,13 +95,20 @@ def fit_by_agreement(
         metric = shares[0]
     outputs = _outputs(model, logits, scores, objective.predict(logits[-1]), metric.name)
     (fitted,) = fit_calibrators(outputs)
-    temperatures = fitted.temperatures.copy()
-    temperatures[-1] = model.resolver.calibrator.temperatures[-1]
-    calibrator = Calibrator(temperatures, fitted.curves)
+    last = float(model.resolver.calibrator.temperatures[-1])
+    calibrator = _with_last_temperature(fitted, last)
     resolver = make_resolver(outputs, deployable_policies(outputs), calibrator=calibrator)
+    half = resolver.half_calibrator and _with_last_temperature(resolver.half_calibrator, last)
     full = _agreement_before(model)
     full = full - 1 if metric.is_error else full  # the metric of an error is its negative
-    return Recalibration("agreement", outputs, dataclasses.replace(resolver, full=full))
+    resolver = dataclasses.replace(resolver, full=full, half_calibrator=half)
+    return Recalibration("agreement", outputs, resolver)
+
+
+def _with_last_temperature(calibrator: Calibrator, temperature: float) -> Calibrator:
+    temperatures = calibrator.temperatures.copy()
+    temperatures[-1] = temperature
+    return dataclasses.replace(calibrator, temperatures=temperatures)
 
 
 def _outputs(

@@ -19,8 +19,11 @@ class LinearModel:
 
     Attributes:
       solver: function of (H, C) that returns a function minimizing the mean loss
-        + penalty / 2 |kernel|^2 on standardized features. The returned function may start from its
-        last result, since it is called with the strongest penalty first.
+        + penalty / 2 |kernel|^2 on standardized features, where the loss of regression is half the
+        squared error. With two classes, |kernel|^2 is that of the difference between the two
+        columns, which is twice that of both; with several labels, the loss is the sum over labels
+        of the mean over rows. The returned function may start from its last result, since it is
+        called with the strongest penalty first.
       loss: function of (logits float64 [N, C], targets) that returns the mean loss.
       constant: function of (targets, C) that returns the best prediction without features, [] or
         [C].

@@ -222,7 +222,8 @@ def _centred(targets: np.ndarray) -> tuple[np.ndarray, float]:
 def correlation(sums: np.ndarray, totals: np.ndarray) -> np.ndarray:
     """Computes Pearson's correlation: 0 if either side is constant, NaN if predictions are NaN.
 
-    Predictions and targets are centered by the same number, see `_centred`.
+    Predictions and targets are centered by the same number, see `_centred`. A side is also taken
+    for constant if its variance is at most 1e-12 of its mean square after centering.
 
     Args:
       sums: sums of the predictions, of their squares, and of their products with the targets,
@@ -248,7 +249,10 @@ PEARSON = Metric(
 
 
 def pearson(predicted: np.ndarray, targets: np.ndarray) -> float:
-    """Returns Pearson's correlation of predictions and targets [N], 0 if either is constant."""
+    """Returns Pearson's correlation of predictions and targets [N].
+
+    It is 0 if either is constant, or nearly so: see `correlation`.
+    """
     return float(correlation(_products(predicted, targets, 1).sum(0), _moments(targets, 1).sum(0)))
 
 

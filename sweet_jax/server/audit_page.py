@@ -14,6 +14,8 @@ from sweet_jax.inference.audit_statistics import AuditSummary, ExitAudit
 from sweet_jax.server.audit import Audit
 
 _PAGE = Path(__file__).parent / "audit.html"
+# The saved confidences of calibration rows are then not those of the calibrator that answers.
+_KNOWN = "calibration rows; NaN under PCEE and with a target of risk or agreement"
 
 
 def render_page(audit: Audit, task: str) -> str:
@@ -21,7 +23,8 @@ def render_page(audit: Audit, task: str) -> str:
     summary, counts = audit.summary(), audit.counts()
     state, kind = _state(audit, summary)
     agreement = f"{_number(summary.agreement)}, {summary.level:.0%} confidence sequence "
-    agreement += f"{_number(summary.low)} to {_number(summary.high)}"
+    bounds = f"{_number(summary.low)} to {_number(summary.high)}"
+    agreement += "unknown: the agreement has changed" if math.isnan(summary.low) else bounds
     if summary.target is not None:
         agreement += f"; the target is at least {_number(summary.target)}"
     values = {
@@ -104,7 +107,7 @@ class AuditCollector:
             ),
             ("running", "0 once an error has ended the audit", self._audit.running),
             ("cost", "Mean share of layers computed, newest texts", summary.cost),
-            ("expected_cost", "Mean share of layers, calibration rows", summary.expected_cost),
+            ("expected_cost", f"Mean share of layers, {_KNOWN}", summary.expected_cost),
         )
         for name, text, number in gauges:
             value = math.nan if number is None else float(number)
@@ -112,9 +115,9 @@ class AuditCollector:
         for name, text, field in (
             ("exit_agreement", "Agreement of an exit with the full model", "agreement"),
             ("exit_share", "Share of the newest texts that exit at an exit", "share"),
-            ("expected_exit_share", "The same share of calibration rows", "expected_share"),
-            ("stability_index", "Population stability index of confidences", "stability"),
-            ("shift_p_value", "P-value of a shift, for a single look", "p_value"),
+            ("expected_exit_share", f"The same share, {_KNOWN}", "expected_share"),
+            ("stability_index", f"Population stability index against {_KNOWN}", "stability"),
+            ("shift_p_value", f"P-value of a shift, for one look, against {_KNOWN}", "p_value"),
         ):
             family = GaugeMetricFamily(f"sweet_jax_audit_{name}", text, labels=["exit"])
             for exit in summary.exits:

@@ -20,8 +20,9 @@ from sweet_jax.objectives import SINGLE_LABEL, Objective
 from sweet_jax.objectives.linear_model import LinearModel
 from sweet_jax.training.step import Params
 
-# λ in mean cross-entropy + λ/2 |W|^2, where W applies to standardized features. The strongest
-# penalty comes first, and each fit starts from the one before.
+# λ in mean cross-entropy + λ/2 |W|^2, where W applies to standardized features; `LinearModel`
+# defines |W|^2 for two classes, and the objectives of several labels and of regression. The
+# strongest penalty comes first, and each fit starts from the one before.
 PENALTIES = (1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001, 3e-4)
 ROWS = 50_000  # maximum number of rows to fit on, and of rows that choose the penalty
 _CHUNK = 8192  # number of rows that are standardized at a time
