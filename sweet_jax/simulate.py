@@ -212,6 +212,9 @@ def _describe_certificate(
     if risk:
         what = "right at the last exit, wrong earlier"
     seen = f"{tested.harmed} of {tested.rows} calibration rows {what}"
+    sure = f"confidence {tested.level:g}"
+    if analysis.compared > 1:
+        sure += f", corrected for {analysis.compared} models compared on these rows"
     feasible = point.validation is not None
     chosen = point if feasible else _closest_point(analysis, replica, point, targets)
     assert chosen.threshold is not None
@@ -227,12 +230,10 @@ def _describe_certificate(
     if not feasible:
         return (
             f"infeasible: the best certified is {tested.kind} {point.reachable:.4f} with "
-            f"confidence {tested.level:g} ({seen}); requested: {targets[tested.kind]:g}; at "
-            f"{threshold}: {reached}"
+            f"{sure} ({seen}); requested: {targets[tested.kind]:g}; at {threshold}: {reached}"
         )
     return (
-        f"{threshold}: at most {tested.bound:.4f} {what}, with confidence {tested.level:g} "
-        f"({seen}); {reached}"
+        f"{threshold}: at most {tested.bound:.4f} {what}, with {sure} ({seen}); {reached}"
     )
 
 

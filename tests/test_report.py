@@ -486,6 +486,15 @@ def test_simulate_prints_a_certificate_or_the_best_certifiable_target(runs):
     assert "requested: 0.999" in completed.stdout
 
 
+def test_simulate_says_by_how_many_models_a_certificate_is_corrected(runs, capsys):
+    """They are the replicas that were compared on the calibration rows, for lack of tuning rows."""
+    for target in ("--risk=0.2", "--agreement=0.999"):  # which can be certified, and which cannot
+        for run, corrected in ((runs[0], False), (runs[1], True)):
+            assert simulate_command([f"--run={run}", target]) == 0
+            said = ", corrected for 2 models compared on these rows (" in capsys.readouterr().out
+            assert said == corrected
+
+
 @pytest.mark.parametrize(("target", "value"), [("cost", 0.1), ("accuracy", 0.999), ("error", 0.01)])
 def test_simulate_prints_the_closest_point_to_an_infeasible_target(
     runs, tmp_path, capsys, target, value
