@@ -21,7 +21,7 @@ _FEW = 30  # calibration or tuning rows: with fewer, one row is more than 3 poin
 
 def log_description(job: PreparedRun) -> None:
     """Logs what is trained, on how many rows and devices, and warns of problems in the data."""
-    _, calibration, tuning = (rows.shape[1] for rows in job.rows)
+    training, calibration, tuning = (rows.shape[1] for rows in job.rows)
     _log_labels(job)
     _log_lengths(job)
     if job.config.calibration == "held_out" and calibration < _FEW:
@@ -35,6 +35,18 @@ def log_description(job: PreparedRun) -> None:
             "only %d tuning rows: the penalties, the learning rate and the kept state, which they "
             "choose, depend much on chance; use more rows",
             tuning,
+        )
+    elif not tuning and job.config.tuning_fraction != Config.tuning_fraction:
+        log.warning(
+            "tuning_fraction=%g holds out no rows of this run, which chooses nothing on tuning "
+            "rows: set epochs=auto, head_init=probe or head_refit=True, or remove it",
+            job.config.tuning_fraction,
+        )
+    if job.config.batch_size > training:
+        log.warning(
+            "batch_size=%d is larger than the %d training rows: each step has all of them and "
+            "padding; use a smaller batch_size",
+            *(job.config.batch_size, training),
         )
     if job.dataset.left_out:
         log.info("%d training rows repeat a validation text and are left out", job.dataset.left_out)
