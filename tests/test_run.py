@@ -242,7 +242,8 @@ def test_suspicious_data_is_warned_of(options, tmp_path, caplog):
     data = {"data_dir": "", "data_files": str(path), "text_columns": "text", "train_size": 1000}
     with caplog.at_level("INFO"):
         log_description(prepare(from_mapping(options | data | {"max_length": 16})))
-    assert "4 classes (rows of each): 'pos' 40, 'Neg' 20, 'neg' 20, 'rare' 1" in caplog.messages
+    classes = "4 classes (rows of each): 'pos' 40, 'Neg' 20, 'neg' 20, 'rare' 1"
+    assert f"81 rows for training and validation: {classes}" in caplog.messages
     assert any("'Neg' (20), 'neg' (20)" in line for line in caplog.messages)
     assert any("no calibration row has class 'rare'" in line for line in caplog.messages)
     (rows_message,) = [line for line in caplog.messages if line.startswith("rows: ")]
@@ -263,6 +264,13 @@ def test_few_calibration_rows_are_warned_of(options, caplog):
         log_description(job)
         assert " (train_size 30 of " in describe_rows(job)
         assert ("only 3 calibration rows" in caplog.text) is warned
+
+
+def test_devices_of_a_run_are_logged_without_idle_ones(options, caplog):
+    for size, devices in ((8, "4"), (6, "2 of 4")):
+        with caplog.at_level("INFO"):
+            log_description(prepare(from_mapping(options | {"batch_size": size})))
+        assert caplog.messages[-1].endswith(f"1 learning rate, on {devices} cpu device(s)")
 
 
 def test_tuning_fraction_of_a_run_without_tuning_rows_is_warned_of(options, caplog):
