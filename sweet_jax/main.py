@@ -64,6 +64,7 @@ from sweet_jax.config import (
     convert_values,
     describe_keys,
     from_mapping,
+    warn_of_recipe,
 )
 from sweet_jax.errors import UserError, check_choice, one_line
 from sweet_jax.exits.outputs import layer_cost
@@ -142,6 +143,8 @@ def _parse_file(given: flags.FlagValues, arguments: Sequence[str]) -> Command:
         if value is not None:  # otherwise a config file may set it
             recipe[key] = value
     config = _overridden(recipe, [arguments[0], *arguments[2:]])
+    if not given.config:
+        warn_of_recipe(config, OWN_DATA)
     most = float(layer_cost(config.exits, config.method)[-1])
     return Command(config, workdir, (None, None, None), parse_budget(given.budget, most))
 

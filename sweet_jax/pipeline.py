@@ -78,7 +78,7 @@ def run(config: Config, workdir: Path, *, report: bool = True) -> dict[str, Any]
     identity, before = config_values(job.config, job.digest), _older_defaults(config)
     with claim_on_primary(
         workdir,
-        lambda: check_inputs(input_digests(job, identity)),
+        lambda: check_inputs(input_digests(job, identity), identity),
         lambda: claim_run_directory(workdir, identity, FREE_KEYS, before),
     ):
         log_description(job)

@@ -12,6 +12,7 @@ from sweet_jax.config import Config
 from sweet_jax.data.batches import whole_lengths
 from sweet_jax.preparation import PreparedRun
 from sweet_jax.report.details import describe_split
+from sweet_jax.training.parallel import devices_used
 
 log = logging.getLogger(__name__)
 
@@ -21,7 +22,7 @@ _FEW = 30  # calibration or tuning rows: with fewer, one row is more than 3 poin
 
 def log_description(job: PreparedRun) -> None:
     """Logs what is trained, on how many rows and devices, and warns of problems in the data."""
-    _, calibration, tuning = (rows.shape[1] for rows in job.rows)
+    training, calibration, tuning = (rows.shape[1] for rows in job.rows)
     _log_labels(job)
     _log_lengths(job)
     if job.config.calibration == "held_out" and calibration < _FEW:
@@ -36,6 +37,18 @@ def log_description(job: PreparedRun) -> None:
             "choose, depend much on chance; use more rows",
             tuning,
         )
+    elif not tuning and job.config.tuning_fraction != Config.tuning_fraction:
+        log.warning(
+            "tuning_fraction=%g holds out no rows of this run, which chooses nothing on tuning "
+            "rows: set epochs=auto, head_init=probe or head_refit=True, or remove it",
+            job.config.tuning_fraction,
+        )
+    if job.config.batch_size > training:
+        log.warning(
+            "batch_size=%d is larger than the %d training rows: each step has all of them and "
+            "padding; use a smaller batch_size",
+            *(job.config.batch_size, training),
+        )
     if job.dataset.left_out:
         log.info("%d training rows repeat a validation text and are left out", job.dataset.left_out)
     if job.dataset.repeated:
@@ -44,12 +57,13 @@ def log_description(job: PreparedRun) -> None:
             *(job.dataset.repeated, len(job.dataset.validation.texts)),
         )
     log.info(describe_rows(job))
+    used, present = devices_used(job.config), jax.device_count()
     log.info(
-        "%s: method %s, an exit after layers %s of %s, %d %s; %s, on %d %s device(s)",
+        "%s: method %s, an exit after layers %s of %s, %d %s; %s, on %s %s device(s)",
         *(_TASKS.get(job.config.task, job.config.task), job.config.method),
         *(", ".join(map(str, job.config.exits)), job.config.checkpoint),
         *(len(job.dataset.classes), job.objective.outputs, describe_models(job.config)),
-        *(jax.device_count(), jax.default_backend()),
+        *(present if used == present else f"{used} of {present}", jax.default_backend()),
     )
 
 
@@ -83,8 +97,9 @@ def _log_labels(job: PreparedRun) -> None:
     """Logs the labels with their row counts, and warns of labels that look wrong or are rare."""
     splits, names = (job.dataset.train, job.dataset.validation), job.dataset.classes
     column = job.objective.column
-    description, warnings = column.describe(np.concatenate([s.labels for s in splits]), names)
-    log.info(description)
+    labels = np.concatenate([s.labels for s in splits])
+    description, warnings = column.describe(labels, names)
+    log.info("%d rows for training and validation: %s", len(labels), description)
     for warning in warnings:
         log.warning(warning)
     rows = (job.rows.training[0], job.rows.calibration[0])

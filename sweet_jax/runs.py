@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
 
-from sweet_jax.config import Config, from_mapping
+from sweet_jax.config import Config, from_mapping, warn_of_recipe
 from sweet_jax.data.in_memory import write_rows
 from sweet_jax.errors import UserError, short_repr
 from sweet_jax.exits.analysis import Analysis, load_analysis
@@ -43,7 +43,8 @@ def train(
     """Trains, evaluates, calibrates and reports on labeled texts, as `sweet-jax train` does.
 
     For the recommendation that the command prints at its end, call `Run.recommend`. The same call
-    in the same workdir resumes an interrupted run, and returns a finished one.
+    in the same workdir resumes an interrupted run, and returns a finished one. For a GLUE task, run
+    a `Config` with `sweet_jax.pipeline.run`, as docs/reference/python.md shows.
 
     Args:
       data: name of a file, in any format of the command; or a pandas DataFrame, a
@@ -95,6 +96,7 @@ def run_config(
         given["confidence"], values = policy_reference(own), {**values}
         del values["confidence"]
     config = from_mapping({**OWN_DATA, **given, **values})
+    warn_of_recipe(config, OWN_DATA)
     for file, (name, part) in zip(files, parts.items(), strict=True):
         if not isinstance(part, str | Path):
             argument = "data" if name == "train" else name

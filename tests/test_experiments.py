@@ -665,21 +665,25 @@ def test_script_refuses_bad_input_in_one_line(
 
 @pytest.mark.filterwarnings("ignore:.* found in sys.modules:RuntimeWarning")
 @pytest.mark.parametrize(
-    ("name", "required"),
+    ("name", "required", "package", "extra"),
     [
-        ("parity", []),
-        ("benchmarks.train_step", []),
-        ("benchmarks.job", ["--data_dir=."]),
-        ("benchmarks.torch_job", ["--data_dir=.", "--checkpoint=."]),
+        ("parity", [], "torch", "torch"),
+        ("benchmarks.train_step", [], "torch", "torch"),
+        ("benchmarks.job", ["--data_dir=."], "torch", "torch"),
+        ("benchmarks.torch_job", ["--data_dir=.", "--checkpoint=."], "torch", "torch"),
+        ("benchmarks.tpu_aot", [], "libtpu", "tpu-aot"),
     ],
 )
-def test_script_without_torch_names_install_command(name, required, monkeypatch, capsys):
+def test_script_without_a_package_names_install_command(
+    name, required, package, extra, monkeypatch, capsys
+):
     monkeypatch.setattr("experiments.packages.find_spec", lambda _: None)
     monkeypatch.setattr("sys.argv", [name, *required])
     with pytest.raises(SystemExit) as stop:
         runpy.run_module(f"experiments.{name}", run_name="__main__")
     assert stop.value.code == 2
-    assert capsys.readouterr().err == 'error: torch is not installed: pip install -e ".[torch]"\n'
+    line = f'error: {package} is not installed: pip install -e ".[{extra}]"\n'
+    assert capsys.readouterr().err == line
 
 
 @pytest.mark.parametrize(

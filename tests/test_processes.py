@@ -25,6 +25,7 @@ from sweet_jax.errors import UserError
 from sweet_jax.input_digest import input_digests
 from sweet_jax.main import main
 from sweet_jax.preparation import prepare
+from sweet_jax.saved_config import config_values
 from sweet_jax.training.parallel import check_layout
 
 # Pieces of the line that Gloo prints on each rank.
@@ -213,7 +214,8 @@ def test_processes_with_different_config_devices_or_workdir_are_refused(options,
     )
     for status, _, errors in results:
         assert status == 2
-        assert "has a different config or reads different data" in errors.splitlines()[-1]
+        (line,) = errors.splitlines()[-1:]
+        assert "this process has epochs=3, but the primary process has epochs=2: run" in line
     assert not workdir.exists()
     for status, _, errors in wait_for(start_two(config, workdir, devices=(2, 1))):
         assert status == 2
@@ -242,15 +244,49 @@ def test_process_that_reads_different_weights_is_told_which_files(options, tmp_p
     def check_second_process(first: dict[str, str], second: dict[str, str]) -> None:
         gathered = [" ".join(digest.values()).encode() for digest in (first, second)]
         monkeypatch.setattr(input_digest, "all_gather", lambda _: gathered)
-        input_digest.check_inputs(second)
+        input_digest.check_inputs(second, identity)
 
     check_second_process(*digests[:2])
     with pytest.raises(
         UserError, match=f"this process reads different weights from .*{encoder.name}"
     ):
         check_second_process(digests[0], digests[2])
-    with pytest.raises(UserError, match="has a different config or reads different data"):
+    with pytest.raises(UserError, match="this process reads different data than the primary"):
         check_second_process(digests[2], other_data)
+
+
+def test_process_with_a_different_config_is_told_the_key_and_both_values(options, monkeypatch):
+    """Also if another key, in which a third process differs, comes later."""
+    identities = [
+        config_values(from_mapping(options | changes), "0")
+        for changes in ({}, {"epochs": 3}, {"max_steps": 7})
+    ]
+    job = prepare(from_mapping(options))
+    digests = [input_digests(job, identity) for identity in identities]
+    raised: dict[int, str] = {}
+    for number in range(3):
+        sent = [
+            [" ".join(each.values()).encode() for each in digests],
+            [repr(identity["epochs"]).encode() for identity in identities],
+        ]
+        assert max(map(len, sent[0])) <= distributed._MESSAGE_BYTES
+
+        def all_gather(own, sent=sent, number=number):
+            messages = sent.pop(0)
+            assert messages[number] == own
+            return messages
+
+        monkeypatch.setattr(input_digest, "all_gather", all_gather)
+        monkeypatch.setattr(jax, "process_index", lambda number=number: number)
+        try:
+            input_digest.check_inputs(digests[number], identities[number])
+        except UserError as error:
+            raised[number] = str(error)
+        assert not sent  # all processes take part in the same exchanges
+    assert list(raised) == [1]
+    assert raised[1].startswith(
+        "this process has epochs=3, but the primary process has epochs=2: run "
+    )
 
 
 @dataclasses.dataclass(frozen=True)

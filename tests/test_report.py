@@ -20,6 +20,7 @@ from sweet_jax import simulate as simulate_curve
 from sweet_jax.config import from_mapping
 from sweet_jax.errors import UserError
 from sweet_jax.exits.analysis import Analysis, analyse, scores_at_costs
+from sweet_jax.exits.bootstrap import bootstrap_areas, mean_between
 from sweet_jax.exits.outputs import RunIdentity
 from sweet_jax.exits.pareto import ParetoFront
 from sweet_jax.exits.policies import POLICIES
@@ -28,7 +29,12 @@ from sweet_jax.exits.simulation import Curve
 from sweet_jax.exits.thresholds import format_threshold
 from sweet_jax.files import write_json
 from sweet_jax.report.baselines import Baseline
-from sweet_jax.report.comparison import check_replaceable, write_comparison
+from sweet_jax.report.comparison import (
+    area_differences,
+    check_replaceable,
+    shared_costs,
+    write_comparison,
+)
 from sweet_jax.report.console import exit_table
 from sweet_jax.report.details import ExitTimes, ReportDetails
 from sweet_jax.report.figures import exits_figure, write_figures
@@ -486,6 +492,15 @@ def test_simulate_prints_a_certificate_or_the_best_certifiable_target(runs):
     assert "requested: 0.999" in completed.stdout
 
 
+def test_simulate_says_by_how_many_models_a_certificate_is_corrected(runs, capsys):
+    """They are the replicas that were compared on the calibration rows, for lack of tuning rows."""
+    for target in ("--risk=0.2", "--agreement=0.999"):  # which can be certified, and which cannot
+        for run, corrected in ((runs[0], False), (runs[1], True)):
+            assert simulate_command([f"--run={run}", target]) == 0
+            said = ", corrected for 2 models compared on these rows (" in capsys.readouterr().out
+            assert said == corrected
+
+
 @pytest.mark.parametrize(("target", "value"), [("cost", 0.1), ("accuracy", 0.999), ("error", 0.01)])
 def test_simulate_prints_the_closest_point_to_an_infeasible_target(
     runs, tmp_path, capsys, target, value
@@ -604,6 +619,63 @@ def test_simulate_imports_neither_jax_nor_transformers(runs):
         [sys.executable, "-c", code, str(runs[0])], capture_output=True, text=True, check=False
     )
     assert completed.returncode == 0, completed.stderr
+
+
+def test_comparison_pairs_areas_over_shared_costs_by_row():
+    """One run is worse than the first in 20 rows, one is the same, and one has higher costs."""
+    outputs = simulated_outputs("validation", 300)
+    logits = outputs.logits.copy()
+    logits[:, :, :20] *= -1
+    worse = dataclasses.replace(outputs, logits=logits)
+    dear = dataclasses.replace(outputs, cost=np.asarray([0.5, 1.0, 1.5]))
+    fitted = simulated_outputs("calibration", 200)
+    first = analyse(fitted, outputs)
+    runs = [("a", first), ("b", analyse(fitted, worse)), ("c", first)]
+    assert shared_costs([*runs, ("d", analyse(dear, dear))]) == (0.5, 1.0)
+    none, gap, equal = area_differences(runs)
+    assert none is None
+    assert equal == (0, 0, 0)  # without pairing, the interval would not be empty
+    areas = [
+        [mean_between(c, s, (0.25, 1.0)) for c, s in zip(a.curve.cost, a.curve.score, strict=True)]
+        for _, a in runs[:2]
+    ]
+    difference, low, high = gap
+    assert difference == pytest.approx(np.mean(areas[1]) - np.mean(areas[0]))
+    assert low < difference < high < 0
+
+
+@pytest.mark.parametrize("policy", ["confidence", "pcee"])
+def test_bootstrap_areas_equal_curves_of_drawn_rows(analysis, policy):
+    outputs, calibrators = analysis.validation, analysis.calibrators
+    areas = bootstrap_areas(outputs, policy, calibrators, (0.3, 0.9), points=10_000, draws=3)
+    drawn = np.random.default_rng(0).integers(0, 300, (3, 300))
+    for d, rows in enumerate(drawn):
+        chosen = dataclasses.replace(
+            outputs, logits=outputs.logits[:, :, rows], labels=outputs.labels[:, rows]
+        )
+        curve = simulate_curve(chosen, policy, calibrators=calibrators)
+        for r, area in enumerate(areas[:, d]):
+            expected = mean_between(curve.cost[r], curve.score[r], (0.3, 0.9))
+            assert area == pytest.approx(expected, abs=1e-9)
+
+
+def test_simulate_warns_of_runs_on_other_rows_and_shows_no_difference(runs, tmp_path, capsys):
+    page = tmp_path / "compare.html"
+    assert simulate_command([f"--run={runs[0]}", f"--run={runs[1]}", f"--output={page}"]) == 0
+    assert capsys.readouterr().err == ""
+    assert re.search(r"<td>[+-]0\.\d{4}, [+-]0\.\d{4} to [+-]0\.\d{4}</td>", page.read_text())
+    for split, rows in (("calibration", 200), ("validation", 299)):
+        outputs = simulated_outputs(split, rows)
+        identity = dataclasses.replace(outputs.identity, task="other")
+        outputs = dataclasses.replace(outputs, identity=identity)
+        outputs.save(tmp_path / "run" / "exit_outputs" / f"{split}.npz")
+    other = tmp_path / "run"
+    assert simulate_command([f"--run={runs[0]}", f"--run={other}", f"--output={page}"]) == 0
+    assert capsys.readouterr().err == (
+        f"warning: {runs[0]} and {other} have different validation rows (300 of task {NASTY!r} and "
+        "299 of task 'other'): their curves cannot be compared, and no difference is shown\n"
+    )
+    assert page.read_text().count("<td>\N{EN DASH}</td>") == 2
 
 
 def test_comparison_shows_a_run_with_one_exit_as_a_point(analysis, tmp_path):

@@ -223,6 +223,9 @@ def test_calibration_rows_differ_by_seed_and_validation_rows_do_not(options, tmp
     job = prepare(from_mapping(options | {"seeds": (0, 1)}))
     outcome = train_and_evaluate(job, tmp_path)
     assert outcome.calibration.logits.shape[2] == 10
+    # The rows that fill the last batch of an epoch are not counted.
+    assert job.rows.training.shape[1] % job.config.batch_size
+    assert outcome.timing["train_examples"] == job.config.epochs * job.rows.training.size
     rows = zip(job.rows.training, job.rows.calibration, strict=True)
     for r, (trained, held_out) in enumerate(rows):
         assert not set(trained) & set(held_out)
@@ -239,7 +242,8 @@ def test_suspicious_data_is_warned_of(options, tmp_path, caplog):
     data = {"data_dir": "", "data_files": str(path), "text_columns": "text", "train_size": 1000}
     with caplog.at_level("INFO"):
         log_description(prepare(from_mapping(options | data | {"max_length": 16})))
-    assert "4 classes (rows of each): 'pos' 40, 'Neg' 20, 'neg' 20, 'rare' 1" in caplog.messages
+    classes = "4 classes (rows of each): 'pos' 40, 'Neg' 20, 'neg' 20, 'rare' 1"
+    assert f"81 rows for training and validation: {classes}" in caplog.messages
     assert any("'Neg' (20), 'neg' (20)" in line for line in caplog.messages)
     assert any("no calibration row has class 'rare'" in line for line in caplog.messages)
     (rows_message,) = [line for line in caplog.messages if line.startswith("rows: ")]
@@ -260,6 +264,29 @@ def test_few_calibration_rows_are_warned_of(options, caplog):
         log_description(job)
         assert " (train_size 30 of " in describe_rows(job)
         assert ("only 3 calibration rows" in caplog.text) is warned
+
+
+def test_devices_of_a_run_are_logged_without_idle_ones(options, caplog):
+    for size, devices in ((8, "4"), (6, "2 of 4")):
+        with caplog.at_level("INFO"):
+            log_description(prepare(from_mapping(options | {"batch_size": size})))
+        assert caplog.messages[-1].endswith(f"1 learning rate, on {devices} cpu device(s)")
+
+
+def test_tuning_fraction_of_a_run_without_tuning_rows_is_warned_of(options, caplog):
+    for changes, warned in (({}, True), ({"epochs": "auto"}, False)):
+        caplog.clear()
+        values = options | {"tuning_fraction": 0.2} | changes
+        log_description(prepare(from_mapping(values)))
+        assert ("tuning_fraction=0.2 holds out no rows of this run" in caplog.text) is warned
+
+
+def test_batch_larger_than_the_training_rows_is_warned_of(options, caplog):
+    for size, warned in ((90, False), (91, True)):
+        caplog.clear()
+        log_description(prepare(from_mapping(options | {"batch_size": size})))
+        line = f"batch_size={size} is larger than the 90 training rows: each step has all of them"
+        assert (line in caplog.text) is warned
 
 
 def test_only_drawn_rows_are_tokenized(options):

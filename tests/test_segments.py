@@ -103,7 +103,7 @@ def test_run_resumes_after_segment_parallel_is_switched(
 def test_evaluation_is_logged_after_preceding_steps_despite_log_lag():
     logged, values = [], StepMetrics(np.zeros(1, np.float32), np.zeros(1, np.int32))
     metrics = SimpleNamespace(add=lambda step, *_: logged.append(step), flush=lambda: None)
-    steps = StepRange(0, 4, epoch=2, every=4, check=2)
+    steps = StepRange(0, 4, epoch=2, every=4, rows=np.full(4, 8), check=2)
     plan = SimpleNamespace(step=lambda number, state, inputs: (state, [values]), lag=2)
     with tqdm(total=4, disable=True) as bar:
         step_log = StepLog("exits_1", (1,), steps, metrics, bar, ExpectedTime(4, None))

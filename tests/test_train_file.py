@@ -67,6 +67,21 @@ def test_train_command_needs_only_a_file(trained_run, rows):
     assert "through all layers: accuracy " in stdout
 
 
+def test_recipe_values_that_a_preset_leaves_are_warned_of(caplog):
+    parse(["train", "a.csv"])
+    protocol = ["--config.preset=paper", "--config.head_init=random", "--config.head_refit=False"]
+    protocol += ["--config.epochs=2", "--config.warmup_fraction=0", "--config.max_length=256"]
+    protocol += ["--config.group_by_length=False", "--config.learning_rates=5e-5"]
+    parse(["train", "a.csv", *protocol, "--config.rate_search=full"])
+    assert not caplog.messages
+    parse(["train", "a.csv", *protocol[:4]])
+    (line,) = caplog.messages
+    assert line.startswith(
+        "preset=paper leaves the recipe's warmup_fraction=0.1, group_by_length=True, "
+        "learning_rates=0.0001,5e-05,0.0003, rate_search=short, max_length=128 unchanged"
+    )
+
+
 def test_printed_next_command_runs(trained_run, tmp_path):
     folder, stdout = trained_run
     serve_line, predict_line = [

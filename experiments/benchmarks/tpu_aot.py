@@ -25,6 +25,7 @@ from experiments.benchmarks.shapes import SHAPES, Size
 from experiments.benchmarks.tables import describe_machine, table_head, table_row
 from experiments.benchmarks.tpu_programs import Compiled, compile_training_step, describe_devices
 from experiments.benchmarks.tpu_traffic import traffic
+from experiments.packages import check_libtpu
 from sweet_jax.arguments import ArgumentParser, run_command
 from sweet_jax.config import DTYPES
 from sweet_jax.errors import UserError
@@ -80,6 +81,7 @@ def main(argv: list[str] | None = None) -> None:
             raise UserError(
                 f"--topology must begin with one of {', '.join(_PEAKS)}; got {topology!r}"
             )
+    check_libtpu()
     print(f"{describe_machine('libtpu')}\n")
     columns: tuple[str, ...] = ("topology", "shape", "method", "dtype", "batch", "compile, core s")
     columns += ("arguments MiB", "temporaries MiB", "GFLOP", "GB accessed", "GB of main memory")

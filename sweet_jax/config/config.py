@@ -1,6 +1,7 @@
 """The configuration of a run: one frozen, validated dataclass."""
 
 import dataclasses
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,6 +12,11 @@ from sweet_jax.config.presets import PRESETS
 from sweet_jax.errors import check_choice
 from sweet_jax.methods import METHODS
 from sweet_jax.objectives import OBJECTIVES
+
+log = logging.getLogger(__name__)
+
+# Keys of the data and the model, which are no part of a protocol, and pooling, which a preset sets.
+_NOT_PROTOCOL = ("task", "method", "checkpoint", "exits", "train_size", "pooling")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,3 +92,25 @@ def convert_values(values: Mapping[str, Any]) -> dict[str, Any]:
     for key, value in converted.items():
         check_type(fields[key], value)
     return converted
+
+
+def warn_of_recipe(config: Config, recipe: Mapping[str, Any]) -> None:
+    """Warns of a recipe's values that a preset other than the default leaves as they are.
+
+    Args:
+      config: config that starts from the recipe; some keys may have been overridden.
+      recipe: values of the recipe by key.
+
+    """
+    usual = Config()
+    kept = [
+        f"{key}={','.join(map(str, value)) if isinstance(value, tuple) else value}"
+        for key, value in recipe.items()
+        if key not in _NOT_PROTOCOL and getattr(config, key) == value != getattr(usual, key)
+    ]
+    if config.preset and kept:
+        log.warning(
+            "preset=%s leaves the recipe's %s unchanged, which differ from its protocol: set them "
+            "too, or use configs/glue.py as a start",
+            *(config.preset, ", ".join(kept)),
+        )

@@ -34,7 +34,9 @@ class DataKeys:
         0.1,
         (
             "Fraction of the training rows held out to choose learning rates, penalties and the"
-            " kept state."
+            " kept state: with epochs=auto, head_init=probe, head_refit, or rate_search=short and"
+            " several learning rates. Otherwise none are, and learning rates are chosen on "
+            "calibration rows."
         ),
         BETWEEN_0_AND_1,
     )

@@ -180,13 +180,16 @@ class HeadsKeys:
         "",
         (
             "Initialization of the classifiers: random, or logistic regressions fitted on the "
-            "frozen encoder."
+            "frozen encoder, which holds out tuning rows from training."
         ),
         choices=("random", "probe"),
     )
     head_refit: bool = key(
         False,
-        "Whether logistic regressions fitted on the trained encoder replace the classifiers.",
+        (
+            "Whether logistic regressions fitted on the trained encoder replace the classifiers, "
+            "which holds out tuning rows from training."
+        ),
     )
     class_weights: str = key(
         "",

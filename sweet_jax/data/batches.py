@@ -201,11 +201,7 @@ def training_batch_indices(
         None for uniformly random batches.
 
     """
-    per_epoch = steps_per_epoch(len(rows[0]), size)
-    epoch, batch = divmod(step, per_epoch)
-    if lengths is not None:
-        # All replicas use the same order of batches, so that their batches have similar lengths.
-        batch = int(_epoch_order(_SHUFFLE, epoch, per_epoch)[batch])
+    epoch, batch = _batch_of_step(len(rows[0]), step, size, grouped=lengths is not None)
     return np.stack(
         [
             random_batch_indices(r, seed, epoch, batch, size)
@@ -214,6 +210,32 @@ def training_batch_indices(
             for r, seed in zip(rows, seeds, strict=True)
         ]
     )
+
+
+def rows_of_steps(rows: int, steps: int, size: int, *, grouped: bool) -> np.ndarray:
+    """Returns the number of rows of a replica in each of the first steps, int64 [steps].
+
+    It is less than `size` in the partial batch of an epoch.
+
+    Args:
+      rows: number of training rows of a replica.
+      steps: number of steps.
+      size: batch size, B.
+      grouped: whether batches group rows of similar length, see `training_batch_indices`.
+
+    """
+    batches = (_batch_of_step(rows, step, size, grouped=grouped)[1] for step in range(steps))
+    return np.fromiter((min(size, rows - batch * size) for batch in batches), np.int64, steps)
+
+
+def _batch_of_step(rows: int, step: int, size: int, *, grouped: bool) -> tuple[int, int]:
+    """Returns the epoch of a step, and the number of its batch among those of the epoch."""
+    per_epoch = steps_per_epoch(rows, size)
+    epoch, batch = divmod(step, per_epoch)
+    if grouped:
+        # All replicas use the same order of batches, so that their batches have similar lengths.
+        batch = int(_epoch_order(_SHUFFLE, epoch, per_epoch)[batch])
+    return epoch, batch
 
 
 def _grouped_batch_indices(

@@ -72,8 +72,7 @@ class Analysis:
         wanted = policies or (self.function or self.policy,)
         if (replica, wanted) not in self._resolvers:
             rows = self.calibration.replica(replica)
-            compared = 1 if self.tuned else len(self.calibration.logits)
-            made = make_resolver(rows, wanted, compared, self.calibrators[replica])
+            made = make_resolver(rows, wanted, self.compared, self.calibrators[replica])
             self._resolvers[replica, wanted] = made
         return self._resolvers[replica, wanted]
 
@@ -122,6 +121,14 @@ class Analysis:
         if calibrator is None:
             return row_breakpoints(*pair, policy, self.calibrators[replica])
         return row_breakpoints(*pair, policy, calibrator, cross_fitted=False)
+
+    @property
+    def compared(self) -> int:
+        """Returns the number of models that were compared on the calibration rows, 1 if tuned.
+
+        Certificates are corrected for it, see `certificates.candidate_bounds`.
+        """
+        return 1 if self.tuned else len(self.calibration.logits)
 
     @property
     def temperatures(self) -> np.ndarray:

@@ -72,6 +72,65 @@ def bootstrap_curve(
     return BootstrapBand(*(np.stack(values) for values in zip(*bands, strict=True)))
 
 
+def bootstrap_areas(
+    outputs: ExitOutputs,
+    policy: str | PolicyFunction,
+    calibrators: Sequence[Calibrator],
+    costs: tuple[float, float],
+    *,
+    points: int = 500,
+    draws: int = 1000,
+) -> np.ndarray:
+    """Computes the mean metric between two costs over rows resampled with replacement.
+
+    Every call draws the same rows if there are as many, so that the areas of two models on the same
+    rows are paired.
+
+    Args:
+      outputs, policy, calibrators: arguments of `simulate`, which also lists the errors raised.
+      costs: lowest and highest cost, see `mean_between`.
+      points: maximum number of thresholds at which each curve is read, evenly spaced among the
+        distinct ones.
+      draws: number of bootstrap draws, D.
+
+    Returns:
+      The areas, float64 [R, D].
+
+    """
+    metric, count = outputs.metric, outputs.labels.shape[1]
+    each = np.repeat(outputs.cost[:, None, None], count, axis=1)  # [E, N, 1]
+    cost = dataclasses.replace(
+        metric,
+        row_statistics=lambda *_: each,
+        value=lambda sums, _: sums[..., 0] / count,
+    )
+    confidences = exit_confidences(outputs, policy, calibrators)
+    areas = []
+    for r, threshold in enumerate(exact_curve(outputs, confidences).threshold):
+        distinct = np.unique(threshold)
+        places = np.linspace(0, len(distinct) - 1, min(points, len(distinct)))
+        at = distinct[places.round().astype(int)]  # [K]
+        one = outputs.replica(r)
+        curves = zip(
+            _draw(one, cost, confidences[r], at, draws),
+            _draw(one, metric, confidences[r], at, draws),
+            strict=True,
+        )
+        areas.append([mean_between(x, y, costs) for x, y in curves])
+    return np.asarray(areas)
+
+
+def mean_between(cost: np.ndarray, score: np.ndarray, costs: tuple[float, float]) -> float:
+    """Computes the mean score of a curve [T] between two costs, by the trapezoidal rule.
+
+    The curve is interpolated at these costs. If they are equal, this is its score there.
+    """
+    low, high = costs
+    x = np.concatenate([[low], cost[(cost > low) & (cost < high)], [high]])
+    y = np.interp(x, cost, score)
+    return float(np.trapezoid(y, x) / (high - low)) if high > low else float(y[0])
+
+
 def _draw(
     outputs: ExitOutputs,
     metric: Metric,

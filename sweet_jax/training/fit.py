@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 
 from sweet_jax.config import AUTO, Config
-from sweet_jax.data.batches import steps_per_epoch
+from sweet_jax.data.batches import rows_of_steps, steps_per_epoch
 from sweet_jax.training.best_state import BestStateTracker
 from sweet_jax.training.checkpoint import Checkpoints
 from sweet_jax.training.initialization import initial_state
@@ -77,16 +77,18 @@ def fit(job: TrainingJob) -> tuple[nnx.GraphDef, Params, Timing]:
         epoch = steps_per_epoch(job.rows.shape[1], config.batch_size)
         check = check_interval(stop) if tracker else 0
         rates = _learning_rates(config, settings)
-        steps = StepRange(start, stop, epoch, config.checkpoint_every, check, rates)
+        rows = replicas * rows_of_steps(
+            job.rows.shape[1], stop, config.batch_size, grouped=config.group_by_length
+        )
+        steps = StepRange(start, stop, epoch, config.checkpoint_every, rows, check, rates)
         state = _train(job, plan, tracker, checkpoints, state, steps)
     if tracker is not None and (message := tracker.describe_kept(stop)):
         log.info(message)
     best = state.params if tracker is None else tracker.best.params
     params = add_replica_axis(gather_params(config, best), replicas)
-    taken = max(0, stop - start)
     kept = () if tracker is None else tuple(np.atleast_1d(tracker.best.step).tolist())
     seconds = time.perf_counter() - began
-    timing = Timing(seconds, taken * config.batch_size * replicas, kept)
+    timing = Timing(seconds, int(rows[start:].sum()), kept)
     return settings.graphdef, params, timing
 
 

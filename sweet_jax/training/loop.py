@@ -34,6 +34,7 @@ class StepRange(NamedTuple):
     stop: int
     epoch: int  # steps per epoch
     every: int  # steps between two checkpoints
+    rows: np.ndarray  # training rows of each step over all replicas, int [stop]
     check: int = 0  # steps between two evaluations on tuning rows; 0 without evaluations
     rates: np.ndarray | None = None  # learning rates, float32 [steps of the whole training, R]
 
@@ -77,7 +78,7 @@ class StepLog:
             if expectation := self._expected.done(length):
                 with self._bar.external_write_mode(sys.stdout):  # keeps the line out of the bar
                     log.info(expectation)
-            self._bar.update(self._bar.total // self.steps.stop)
+            self._bar.update(int(self.steps.rows[number]))
             if self.metrics is None:
                 continue
             values = jax.tree.map(lambda *x: np.concatenate(x, axis=-1), *fetched)  # [R, E]
@@ -101,7 +102,6 @@ class StepLog:
 def open_step_log(job: TrainingJob, steps: StepRange) -> Iterator[StepLog]:
     """Opens the log and the progress bar of a training; only the primary process writes them."""
     training, exits = job.model.name, job.model.exits
-    examples = job.config.batch_size * len(job.rows)  # per step, over all replicas
     with contextlib.ExitStack() as stack:
         metrics = None
         if is_primary():
@@ -112,8 +112,8 @@ def open_step_log(job: TrainingJob, steps: StepRange) -> Iterator[StepLog]:
             metrics = stack.enter_context(contextlib.closing(file))
         bar = tqdm(
             desc=_bar_title(job),
-            total=steps.stop * examples,
-            initial=steps.start * examples,
+            total=int(steps.rows.sum()),
+            initial=int(steps.rows[: steps.start].sum()),
             unit=" rows",
             disable=not is_primary(),
         )

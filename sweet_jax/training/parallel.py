@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 
 from sweet_jax.config import Config
 from sweet_jax.data.batches import Tokens
@@ -60,11 +60,8 @@ class ExecutionPlan(NamedTuple):
 
 def check_layout(config: Config) -> None:
     """Warns about idle devices; raises UserError if a whole process would be idle."""
-    rows = config.batch_size
     for replicas in _replica_counts(config):  # the warnings are about the last, the training
-        meshes = [make_mesh(replicas, rows)]
-        if config.segment_parallel:
-            meshes = [group.mesh for group in make_device_groups(config.exits, replicas, rows)]
+        meshes = _meshes(config, replicas)
     if config.segment_parallel and len(meshes) == 1:
         log.warning(
             "segment_parallel has no effect with this number of exits and devices per process"
@@ -76,9 +73,22 @@ def check_layout(config: Config) -> None:
             "multiple of the number of devices to use all of them",
             used,
             jax.device_count(),
-            rows,
+            config.batch_size,
             replicas,
         )
+
+
+def devices_used(config: Config) -> int:
+    """Returns the number of devices that the training uses; the others stay idle."""
+    return sum(mesh.size for mesh in _meshes(config, _replica_counts(config)[-1]))
+
+
+def _meshes(config: Config, replicas: int) -> list[Mesh]:
+    """Returns the mesh of each group of devices that trains a number of replicas."""
+    if not config.segment_parallel:
+        return [make_mesh(replicas, config.batch_size)]
+    groups = make_device_groups(config.exits, replicas, config.batch_size)
+    return [group.mesh for group in groups]
 
 
 def _replica_counts(config: Config) -> tuple[int, ...]:
