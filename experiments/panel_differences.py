@@ -56,14 +56,14 @@ def changes_table(by_cell: ScoresByCell) -> Table:
 
 
 def training_table(by_cell: ScoresByCell) -> Table:
-    """Returns the mean gains of area from the recipe's training, by number of rows.
+    """Returns the mean gains of area from the training of `recipe-pair`, by number of rows.
 
     They are over the frozen probe as a model with exits, and over Early-Exit that is initialized
     from the same probe and trained for two epochs.
     """
-    others = {"frozen probe": "frozen", "Early-Exit, two epochs": "early_exit-auto-probe"}
+    others = {"frozen probe": "frozen-pair", "Early-Exit, two epochs": "early_exit-pair-probe"}
     pairs = {
-        ("refitted", f"recipe - {label}"): ("recipe refit", f"{variant} refit")
+        ("refitted", f"recipe-pair - {label}"): ("recipe-pair refit", f"{variant} refit")
         for label, variant in others.items()
     }
     return _differences(by_cell, pairs, "heads", distinct=False)

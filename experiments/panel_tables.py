@@ -76,7 +76,7 @@ def _sections(by_cell: ScoresByCell) -> dict[str, Table]:
         sections[f"The goals: {other}"] = goals_table(by_cell, other)
     sections["Differences between the methods, by read-out"] = gaps_table(by_cell)
     sections["What a change adds to mean pooling and a probe"] = changes_table(by_cell)
-    sections["What the recipe's training adds"] = training_table(by_cell)
+    sections["What the training of recipe-pair adds"] = training_table(by_cell)
     for pooling, what in (("pair", "comparing the texts"), ("aligned_pair", "aligning the tokens")):
         heading = f"What {what} of a pair adds, heads refitted"
         sections[heading] = pooling_table(by_cell, pooling)

@@ -1,7 +1,8 @@
 """The recipe for your own labeled texts, from which configs/own.py and `sweet_jax.train` start.
 
 The studies in experiments/results/recipe and experiments/results/panel compare it with the methods
-as published; the former study pools pairs of texts by the mean of their tokens.
+as published; the former study pools pairs of texts by the mean of their tokens, and the latter, in
+most of its cells, by "pair".
 """
 
 from collections.abc import Mapping
