@@ -106,14 +106,14 @@ def pooling_table(by_cell: ScoresByCell, pooling: str, shown: Sequence[str] | No
 
 
 def decay_table(by_cell: ScoresByCell) -> Table:
-    """Returns the recipe's exits and area with and without layer_decay, by cell."""
+    """Returns the exits and area of `recipe-pair` with and without layer_decay, by cell."""
     rows = _by_cell(by_cell, {"recipe": ("recipe-decay", "recipe-pair")})
     header = ("cell", "exits, layer_decay 1", "exits, layer_decay 0.8", "area, 0.8 - 1", _P)
     return header, [row[1:] for row in rows]
 
 
 def scaling_table(by_cell: ScoresByCell) -> Table:
-    """Returns the recipe's exits and area with and without layer_scaling, by cell."""
+    """Returns the exits and area of `recipe-pair` with and without layer_scaling, by cell."""
     rows = _by_cell(by_cell, {"recipe": ("recipe-scaling", "recipe-pair")})
     header = ("cell", "exits, layer_scaling 1", "exits, layer_scaling 0.5", "area, 0.5 - 1", _P)
     return header, [row[1:] for row in rows]

@@ -80,8 +80,8 @@ def _sections(by_cell: ScoresByCell) -> dict[str, Table]:
     for pooling, what in (("pair", "comparing the texts"), ("aligned_pair", "aligning the tokens")):
         heading = f"What {what} of a pair adds, heads refitted"
         sections[heading] = pooling_table(by_cell, pooling)
-    sections["What layer_decay 0.8 adds to the recipe, heads refitted"] = decay_table(by_cell)
-    sections["What layer_scaling 0.5 adds to the recipe, heads refitted"] = scaling_table(by_cell)
+    sections["What layer_decay 0.8 adds to recipe-pair, heads refitted"] = decay_table(by_cell)
+    sections["What layer_scaling 0.5 adds to recipe-pair, heads refitted"] = scaling_table(by_cell)
     for heading, references in (
         ("the methods as published", published_references()),
         ("the methods with their own best read-out", best_readout_references(by_cell)),

@@ -143,8 +143,7 @@ def _parse_file(given: flags.FlagValues, arguments: Sequence[str]) -> Command:
         if value is not None:  # otherwise a config file may set it
             recipe[key] = value
     config = _overridden(recipe, [arguments[0], *arguments[2:]])
-    if not given.config:
-        warn_of_recipe(config, OWN_DATA)
+    warn_of_recipe(config, OWN_DATA)
     most = float(layer_cost(config.exits, config.method)[-1])
     return Command(config, workdir, (None, None, None), parse_budget(given.budget, most))
 

@@ -3,6 +3,7 @@
 Shape letters: R replica, E exit, N examples.
 """
 
+import contextlib
 import dataclasses
 import time
 from pathlib import Path
@@ -12,7 +13,7 @@ import numpy as np
 from flax import nnx
 
 from sweet_jax.baselines import run_baselines
-from sweet_jax.config import Config
+from sweet_jax.config import AUTO, Config
 from sweet_jax.distributed import (
     broadcast_from_primary,
     claim_on_primary,
@@ -21,6 +22,7 @@ from sweet_jax.distributed import (
 )
 from sweet_jax.exits.analysis import analyse
 from sweet_jax.exits.operating_point import calibration_halves
+from sweet_jax.files import read_json
 from sweet_jax.head_fitting import fit_probe, refit_heads, transform_outputs
 from sweet_jax.inference.artifact_writer import TrainedModel
 from sweet_jax.input_digest import check_inputs, input_digests
@@ -74,7 +76,7 @@ def run(config: Config, workdir: Path, *, report: bool = True) -> dict[str, Any]
     """
     with raise_on_all():
         check_trackers(config.log_to)
-        job = prepare(config)
+        job = prepare(_with_earlier_pooling(config, workdir))
     identity, before = config_values(job.config, job.digest), _older_defaults(config)
     with claim_on_primary(
         workdir,
@@ -102,6 +104,20 @@ def run(config: Config, workdir: Path, *, report: bool = True) -> dict[str, Any]
             if report:
                 track_results(config.log_to, workdir, results)
             return results
+
+
+def _with_earlier_pooling(config: Config, workdir: Path) -> Config:
+    """Returns the config with the pooling of the run in a directory if that is older.
+
+    For pairs of texts, older versions chose "pair" for "auto".
+    """
+    path = workdir / "config.json"
+    if config.pooling != AUTO or not path.exists():
+        return config
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # reported later
+        if read_json(path).get("pooling") == "pair":
+            return dataclasses.replace(config, pooling="pair")
+    return config
 
 
 def _older_defaults(config: Config) -> dict[str, Any]:

@@ -40,10 +40,11 @@ def log_description(job: PreparedRun) -> None:
     elif not tuning and job.config.tuning_fraction != Config.tuning_fraction:
         log.warning(
             "tuning_fraction=%g holds out no rows of this run, which chooses nothing on tuning "
-            "rows: set epochs=auto, head_init=probe or head_refit=True, or remove it",
+            "rows: set epochs=auto, head_init=probe, head_refit=True or rate_search=short (with "
+            "several learning rates), or remove it",
             job.config.tuning_fraction,
         )
-    if job.config.batch_size > training:
+    if job.config.epochs and job.config.batch_size > training:
         log.warning(
             "batch_size=%d is larger than the %d training rows: each step has all of them and "
             "padding; use a smaller batch_size",

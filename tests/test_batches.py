@@ -1,5 +1,7 @@
 """Tokenization, calibration splits, and batches padded to a few lengths."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -261,6 +263,22 @@ def test_pad_rows_masks_padding_tokens_and_rows():
     assert {str(v.dtype) for k, v in batch.items() if k not in masks} == {"int32"}
     assert {str(batch[k].dtype) for k in masks} == {"bool"}
     assert pad_rows(tokens, np.array([0, -1]), (3, 8))["mask"].shape == (2, 3)
+    pairs = dataclasses.replace(tokens, second_starts=np.array([1, 2], np.int32))
+    batch = pad_rows(pairs, np.array([1, -1]), (5,))
+    assert batch["second_start"].tolist() == [2, 1]
+    assert batch["mask"].sum(-1).tolist() == [4, 2]  # a padding row has a token in each text
+
+
+def test_pad_rows_accepts_a_last_row_without_tokens():
+    tokens = Tokens(
+        input_ids=np.array([2, 9, 3], np.int32),
+        token_type_ids=np.zeros(3, np.int32),
+        starts=np.array([0, 3, 3]),
+        labels=np.array([1, 0], np.int32),
+        pad_id=4,
+    )
+    batch = pad_rows(tokens, np.array([0, 1]), (4,))
+    assert batch["input_ids"].tolist() == [[2, 9, 3, 4], [4] * 4]
 
 
 @pytest.mark.parametrize("length", [31, 32, 33])

@@ -243,6 +243,15 @@ def test_pair_pooling_probe_is_more_accurate_than_mean_pooling_probe(config, tmp
     assert np.mean(predictions.labels == np.asarray([label for *_, label in rows])) > 0.7
 
 
+def test_run_that_began_with_pair_pooling_resumes_with_auto(config, tmp_path):
+    """As "auto" was "pair" in older versions."""
+    run(dataclasses.replace(config, pooling="pair"), tmp_path / "run")
+    assert run(config, tmp_path / "run")["pooling"] == "pair"
+    (tmp_path / "run" / "config.json").write_text("[]")
+    with pytest.raises(UserError, match="is not the config of a run"):
+        run(config, tmp_path / "run")
+
+
 def test_token_types_beyond_type_vocab_size_are_refused(config):
     path = Path(config.checkpoint) / "tokenizer.json"
     path.write_text(path.read_text().replace('"type_id": 1', '"type_id": 2'))

@@ -111,6 +111,6 @@ def warn_of_recipe(config: Config, recipe: Mapping[str, Any]) -> None:
     if config.preset and kept:
         log.warning(
             "preset=%s leaves the recipe's %s unchanged, which differ from its protocol: set them "
-            "too, or use configs/glue.py as a start",
+            "too, or start from --config=configs/glue.py:own",
             *(config.preset, ", ".join(kept)),
         )

@@ -108,20 +108,23 @@ def pad_rows(tokens: Tokens, rows: np.ndarray, lengths: tuple[int, ...]) -> Batc
       [..., B, ...], which keep their dtype and are 0 for padding rows; and row_mask bool [..., B],
       False for padding rows, which are given as -1. If some rows of the split have no label, it
       also has labeled bool [..., B]; if the rows are pairs, second_start int32 [..., B] (see
-      `Tokens`). A padding row has one token, so that no pooling reduces an empty set: the gradient
-      of an infinite result would be NaN, even multiplied by a weight of 0.
+      `Tokens`). A padding row has one token, or one in each text of a pair, so that no pooling
+      reduces an empty set: the gradient of an infinite result would be NaN, even multiplied by a
+      weight of 0.
 
     """
-    sizes = np.where(rows < 0, 1, tokens.lengths[rows])
+    pairs = tokens.second_starts is not None
+    sizes = np.where(rows < 0, 1 + pairs, tokens.lengths[rows])
     length = padded_length(tokens, rows, lengths)
     position = np.arange(length)
     mask = position < sizes[..., None]  # [..., B, L]
     labels = tokens.labels[rows]  # [..., B, ...]
     absent = np.reshape(rows < 0, rows.shape + (1,) * (labels.ndim - rows.ndim))
-    source = np.where(rows < 0, 0, tokens.starts[rows])[..., None] + np.where(mask, position, 0)
+    read = mask & (rows >= 0)[..., None]  # padding rows repeat the first token
+    source = np.where(read, tokens.starts[rows][..., None] + position, 0)
     optional = {} if tokens.labeled is None else {"labeled": (rows >= 0) & tokens.labeled[rows]}
     if tokens.second_starts is not None:
-        optional["second_start"] = np.where(rows < 0, 0, tokens.second_starts[rows])
+        optional["second_start"] = np.where(rows < 0, 1, tokens.second_starts[rows])
     return optional | {
         "input_ids": np.where(mask, tokens.input_ids[source], tokens.pad_id).astype(np.int32),
         "token_type_ids": np.where(mask, tokens.token_type_ids[source], 0).astype(np.int32),

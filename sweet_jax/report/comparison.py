@@ -96,8 +96,8 @@ def other_rows(first: Analysis, other: Analysis) -> str:
     if tasks[0] != tasks[1] or counts[0] != counts[1]:
         each = (f"{n} of task {task!r}" for task, n in zip(tasks, counts, strict=True))
         return " and ".join(each)
-    same = np.array_equal(*(v.labels[0] for v in pair))
-    if same and first.validation.identity.classes == other.validation.identity.classes:
+    classes = {v.identity.classes for v in pair} - {()}  # () if unknown
+    if np.array_equal(*(v.labels[0] for v in pair)) and len(classes) < 2:
         return ""
     return f"{counts[0]} of task {tasks[0]!r} with other labels"
 
