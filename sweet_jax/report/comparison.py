@@ -158,7 +158,7 @@ def _seed_means(
 
     paired: whether both have the same seeds, of which the same are drawn for both.
     """
-    rng, means = np.random.default_rng(1), []
+    rng, means = np.random.default_rng(1), list[np.ndarray]()
     for areas in (first, second):
         if not (means and paired):
             seeds = rng.integers(0, len(areas), (_SEED_DRAWS, areas.shape[1], len(areas)))
