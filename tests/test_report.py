@@ -663,7 +663,7 @@ def test_simulate_warns_of_runs_on_other_rows_and_shows_no_difference(runs, tmp_
     page = tmp_path / "compare.html"
     assert simulate_command([f"--run={runs[0]}", f"--run={runs[1]}", f"--output={page}"]) == 0
     assert capsys.readouterr().err == ""
-    assert re.search(r"<td>[+-]0\.\d{4}, [+-]0\.\d{4} to [+-]0\.\d{4}</td>", page.read_text())
+    assert re.search(r"<td>[+-]0\.\d{4} \[[+-]0\.\d{4}, [+-]0\.\d{4}\]</td>", page.read_text())
     for split, rows in (("calibration", 200), ("validation", 299)):
         outputs = simulated_outputs(split, rows)
         identity = dataclasses.replace(outputs.identity, task="other")
