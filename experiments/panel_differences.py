@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -24,12 +25,22 @@ _PAIRS = (("sweet", "early_exit"), ("multi_model", "early_exit"), ("sweet", "mul
 _READOUTS = tuple(f"{readout} {kind}" for readout in READOUTS for kind in ("trained", "refit"))
 SHOWN_READOUTS = _READOUTS[:8]
 _P = "p after Holm"
-# By pooling of pairs: what it is compared with, the prefixes of the records of both frozen probes,
-# and the endings of the variants of both, of the recipe and of the methods.
+
+
+class _PoolingNames(NamedTuple):
+    """Holds the names of what was run with a pooling of pairs."""
+
+    probe: str  # prefix of the frozen probes among the baselines
+    recipe: str  # variant
+    readout: str  # pooling and initialization in the variants of the methods
+
+
 _POOLINGS = {
-    "pair": ("mean", ("pair_probe", "mean_probe"), ("-pair", "-mean"), ("pair", "mean")),
-    "aligned_pair": ("pair", ("probe", "pair_probe"), ("", "-pair"), ("auto", "pair")),
+    "mean": _PoolingNames("mean_probe", "recipe-mean", "mean-probe"),
+    "pair": _PoolingNames("pair_probe", "recipe-pair", "pair-probe"),
+    "aligned_pair": _PoolingNames("probe", "recipe", "auto-probe"),
 }
+_COMPARED_WITH = {"pair": "mean", "aligned_pair": "pair"}
 
 
 def gaps_table(by_cell: ScoresByCell, readouts: Sequence[str] = _READOUTS) -> Table:
@@ -76,16 +87,17 @@ def pooling_table(by_cell: ScoresByCell, pooling: str, shown: Sequence[str] | No
 
     Args:
       by_cell: scores of all cells.
-      pooling: one of _POOLINGS.
+      pooling: one of _COMPARED_WITH.
       shown: labels of the variants to show, all by default; p-values are corrected over all.
 
     """
-    other, probes, recipes, readouts = _POOLINGS[pooling]
-    variants = {"recipe": (f"recipe{recipes[0]}", f"recipe{recipes[1]}")}
+    other = _COMPARED_WITH[pooling]
+    new, old = _POOLINGS[pooling], _POOLINGS[other]
+    variants = {"recipe": (new.recipe, old.recipe)}
     for method in METHODS:
-        names = (f"{method}-{readouts[0]}-probe", f"{method}-{readouts[1]}-probe")
+        names = (f"{method}-{new.readout}", f"{method}-{old.readout}")
         variants[f"{paper.NAMES[method]}, probe"] = names
-    frozen = [[f"{kind}_{layer}" for layer in (1, 2, 4, 6)] for kind in reversed(probes)]
+    frozen = [[f"{each.probe}_{layer}" for layer in (1, 2, 4, 6)] for each in (old, new)]
     rows = [
         [
             "frozen probe",

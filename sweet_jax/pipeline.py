@@ -111,11 +111,9 @@ def _with_earlier_pooling(config: Config, workdir: Path) -> Config:
 
     For pairs of texts, older versions chose "pair" for "auto".
     """
-    path = workdir / "config.json"
-    if config.pooling != AUTO or not path.exists():
-        return config
-    with contextlib.suppress(OSError, ValueError, AttributeError):  # reported later
-        if read_json(path).get("pooling") == "pair":
+    # Claiming the directory reports a file that cannot be read.
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
+        if config.pooling == AUTO and read_json(workdir / "config.json")["pooling"] == "pair":
             return dataclasses.replace(config, pooling="pair")
     return config
 
