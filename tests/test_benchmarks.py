@@ -317,7 +317,7 @@ def test_recipe_benchmark_times_every_part(capsys):
     assert "probe or refit of 40 rows of 8 tokens, 2 classes" in stdout
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_short_texts_benchmark_times_steps_at_both_lengths(
     checkpoint, tmp_path, capsys, monkeypatch
 ):

@@ -92,7 +92,7 @@ def untrained(path) -> bool:
             for k in ("deberta", "deberta-v2", "mpnet")
         ),
         ("modernbert", jax.random.key(5), "first"),
-        pytest.param("deberta-v2", jax.random.key(5), "mean", marks=pytest.mark.slow),
+        pytest.param("deberta-v2", jax.random.key(5), "mean", marks=pytest.mark.nightly),
     ],
 )
 def test_exit_loss_trains_only_own_parameters_under_full_isolation(kind, key, pooling):
@@ -194,7 +194,7 @@ def test_isolation_scales_relative_table_gradient_at_every_boundary():
     [
         ("bert", jax.random.key(5)),
         pytest.param("deberta", None, marks=pytest.mark.slow),
-        pytest.param("deberta-v2", jax.random.key(5), marks=pytest.mark.slow),
+        pytest.param("deberta-v2", jax.random.key(5), marks=pytest.mark.nightly),
     ],
 )
 def test_segment_gradients_equal_whole_gradients_under_full_isolation(kind, key):

@@ -152,7 +152,7 @@ def test_layer_of_first_tokens_equals_start_of_whole_layer(kind, key):
         h = whole
 
 
-@pytest.mark.parametrize("kind", ["bert", pytest.param("roberta", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", ["bert", pytest.param("roberta", marks=pytest.mark.nightly)])
 def test_fused_attention_equals_einsum_attention_and_its_gradients(kind):
     """Compares the values at the tokens, for all queries and the first few, and every gradient."""
     config = dataclasses.replace(TINIES[kind], attention_probs_dropout_prob=0.0)

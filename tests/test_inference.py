@@ -81,7 +81,7 @@ def assert_equals_evaluation(reference, classifier, order, batch_size, mode):
 
 
 @given(data=st.data())
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 def test_predictions_equal_one_pass_evaluation_for_every_policy(sweet, data):
     policy = data.draw(st.sampled_from(POLICIES))
     scores = exit_confidences(sweet.outputs, policy, [sweet.classifier.model.resolver.calibrator])
@@ -156,16 +156,16 @@ def run_scheduler(classifier, texts, batch_size):
 @pytest.mark.parametrize(
     ("kind", "pooling"),
     [
-        pytest.param("roberta", "first", marks=pytest.mark.slow),
+        pytest.param("roberta", "first", marks=pytest.mark.nightly),
         pytest.param("deberta", "first", marks=pytest.mark.slow),
         ("deberta-v2", "first"),
         pytest.param("roberta", "mean", marks=pytest.mark.slow),
-        pytest.param("deberta", "mean", marks=pytest.mark.slow),
+        pytest.param("deberta", "mean", marks=pytest.mark.nightly),
         pytest.param("deberta-v2", "mean", marks=pytest.mark.slow),
         ("modernbert", "first"),
-        pytest.param("modernbert", "mean", marks=pytest.mark.slow),
+        pytest.param("modernbert", "mean", marks=pytest.mark.nightly),
         pytest.param("mpnet", "first", marks=pytest.mark.slow),
-        pytest.param("mpnet", "mean", marks=pytest.mark.slow),
+        pytest.param("mpnet", "mean", marks=pytest.mark.nightly),
         pytest.param("electra", "first", marks=pytest.mark.slow),
         pytest.param("albert", "first", marks=pytest.mark.slow),
         pytest.param("camembert", "mean", marks=pytest.mark.slow),

@@ -179,7 +179,7 @@ def test_run_policy_follows_learning_to_exit_and_preset(values, policy):
 
 @pytest.mark.parametrize(
     ("method", "mode"),
-    [("sweet", "joint"), pytest.param("multi_model", "detached", marks=pytest.mark.slow)],
+    [("sweet", "joint"), pytest.param("multi_model", "detached", marks=pytest.mark.nightly)],
 )
 def test_run_and_its_saved_model_use_learned_exit_scores(
     method, mode, options, tmp_path, one_device, capsys

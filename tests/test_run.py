@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import transformers
-from tiny import FAMILIES, TINIES, write_checkpoint, write_rows
+from tiny import write_checkpoint, write_rows
 
 from sweet_jax import ExitOutputs, load_encoder
 from sweet_jax.config import from_mapping
@@ -97,14 +97,16 @@ def test_run_of_each_method_writes_every_file(
         ("xlm-roberta", {}),
         ("modernbert", {"learning_to_exit": "joint"}),
         ("albert", {"method": "early_exit"}),
+        ("camembert", {}),
     ],
 )
-def test_saved_model_of_each_type_reproduces_its_logits(
+def test_run_of_each_model_type_trains_every_part_and_saved_model_reproduces_its_logits(
     kind, changes, options, tmp_path, one_device
 ):
     folder = write_checkpoint(tmp_path / "checkpoint", kind)
     options = options | {"checkpoint": str(folder), "epochs": 1} | changes
     run(from_mapping(options), tmp_path / "run")
+    assert_every_part_of_encoder_is_trained(prepare(from_mapping(options)), tmp_path / "run")
     saved = tmp_path / "run" / "model"
     job = prepare(from_mapping(options | {"checkpoint": str(saved)}))
     rows = pad_rows(job.validation, np.arange(3), (32,))
@@ -141,16 +143,13 @@ def test_saved_model_of_each_type_reproduces_its_logits(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", TINIES)
-def test_training_on_sst_2_updates_every_part_of_each_model_type(
-    kind, options, tmp_path, one_device, glue_dir
+def test_training_on_sst_2_updates_every_part_of_the_encoder(
+    options, tmp_path, one_device, glue_dir
 ):
-    folder = write_checkpoint(tmp_path / "checkpoint", kind)
     replaced = ("task", "data_files", "text_columns", "train_size", "exits", "batch_size")
     values = {k: v for k, v in options.items() if k not in replaced} | {
         **{"task": "sst2", "data_dir": str(glue_dir), "train_size": 200, "exits": (1, 3)},
-        **{"checkpoint": str(folder), "epochs": 1, "batch_size": 96, "pooling": ""},
-        "method": "early_exit" if FAMILIES[kind].isolation_obstacle else "sweet",
+        **{"epochs": 1, "batch_size": 96, "pooling": ""},
     }
     job = prepare(from_mapping(values))
     assert job.config.pooling == "mean"
@@ -159,13 +158,18 @@ def test_training_on_sst_2_updates_every_part_of_each_model_type(
     assert np.all(np.isfinite(outputs.logits))
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [0, 1]
-    (path,) = (tmp_path / "checkpoints").iterdir()
+    assert_every_part_of_encoder_is_trained(job, tmp_path)
+
+
+def assert_every_part_of_encoder_is_trained(job, workdir):
+    """Compares the last checkpoint of a run with its initial parameters."""
+    (path,) = (workdir / "checkpoints").iterdir()
     trained = read_params(path)
     _, state = initial_state(job.config, job.checkpoint, model_specs(job.config)[0], 2)
     for part, before in state.params["encoder"].items():
         after = jax.tree.leaves(trained["encoder"][part])
         pairs = zip(jax.tree.leaves(before), after, strict=True)
-        assert any(np.any(initial[0] != updated) for initial, updated in pairs), part
+        assert any(np.any(initial != updated) for initial, updated in pairs), part
 
 
 @pytest.mark.slow
@@ -302,7 +306,7 @@ def test_only_drawn_rows_are_tokenized(options):
                 assert job.train.input_ids[a].tolist() == all_tokens.input_ids[b].tolist()
 
 
-@pytest.mark.parametrize("preset", ["paper", pytest.param("reference", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("preset", ["paper", pytest.param("reference", marks=pytest.mark.nightly)])
 def test_presets_calibrate_on_validation_rows(options, with_dropout, tmp_path, one_device, preset):
     results = run(from_mapping(options | with_dropout | {"preset": preset}), tmp_path)
     calibration, validation = (

@@ -55,7 +55,7 @@ def train_on_devices(options, workdir, devices: int, monkeypatch, **changes):
 @pytest.mark.parametrize(
     ("kind", "devices", "changes"),
     [
-        pytest.param("bert", 2, {}, marks=pytest.mark.slow),
+        pytest.param("bert", 2, {}, marks=pytest.mark.nightly),
         # Two groups of two devices, which divide the rows or the replicas. The loss weights rise,
         # because Adam's moments cancel constant ones.
         pytest.param(

@@ -265,7 +265,7 @@ def test_jackknife_error_equals_leave_one_out_estimate():
     assert jackknife_error(NEG_HAMMING_LOSS, correct, labels, 4) == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("devices", [1, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("devices", [1, pytest.param(4, marks=pytest.mark.nightly)])
 def test_rate_search_trains_learning_rate_with_largest_area(
     devices, recipe, tmp_path, request, caplog
 ):
