@@ -26,6 +26,7 @@ from sweet_jax.inference.engine_jax import JaxEngine, stage_parameters
 from sweet_jax.inference.latency import read_latency
 from sweet_jax.inference.latency_table import LatencyTable
 from sweet_jax.inference.network import Network, load_networks
+from sweet_jax.inference.target_warnings import target_warning
 from sweet_jax.models.checkpoint_folder import load_tokenizer, locate_checkpoint
 from sweet_jax.models.early_exit import EarlyExit
 from sweet_jax.models.head import ExitConfig
@@ -63,6 +64,35 @@ def test_accuracy_out_of_reach_is_warned_of_where_it_is_a_threshold(
         "it only sets the threshold, 0.7: set a value within reach"
     )
     assert caplog.messages == [expected] * warns
+
+
+@pytest.mark.parametrize(
+    ("policy", "threshold", "highest"),
+    [
+        ("confidence", 90, 1),
+        ("confidence", 1, None),
+        ("confidence", float("inf"), None),
+        ("patience", 3, None),
+        ("patience", 4, 3),
+    ],
+)
+def test_finite_threshold_above_all_confidences_is_warned_of(sweet, policy, threshold, highest):
+    model = sweet.classifier.model
+    warning = target_warning(model, policy, {"threshold": threshold})
+    if highest is None:
+        assert warning is None
+    else:
+        assert warning.startswith(
+            f"threshold={threshold} is above {highest}, the greatest value of the policy {policy}, "
+            "so no text exits early: set a threshold "
+        )
+        classifier = sweet.classifier.at(policy, threshold=threshold)
+        predictions = classifier.predict(sweet.texts[:4], 4)
+        assert predictions.exits.tolist() == [model.layers[-1]] * 4
+
+
+def test_threshold_of_a_users_function_may_have_any_value(sweet):
+    assert target_warning(sweet.classifier.model, lambda *_: None, {"threshold": 90}) is None
 
 
 def assert_equals_evaluation(reference, classifier, order, batch_size, mode):

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Unpack, cast
 
-from sweet_jax.errors import UserError, check_choice, one_line
+from sweet_jax.errors import UserError, check_choice
 from sweet_jax.exits.calibration import Calibrator
 from sweet_jax.exits.policies import PolicyFunction, policy_name, policy_rule
 from sweet_jax.exits.targets import Target, check_targets
@@ -27,6 +27,7 @@ from sweet_jax.inference.engine import (
 )
 from sweet_jax.inference.engine_choice import default_engine
 from sweet_jax.inference.engine_table import engine_name
+from sweet_jax.inference.hub import upload_model
 from sweet_jax.inference.latency import read_latency
 from sweet_jax.inference.own_policy import calibrate_policy
 from sweet_jax.inference.predictions import (
@@ -40,6 +41,7 @@ from sweet_jax.inference.predictions import (
 )
 from sweet_jax.inference.scheduler import ExitRule, Request, Scheduler
 from sweet_jax.inference.streaming import stream_in_order
+from sweet_jax.inference.target_warnings import target_warning
 from sweet_jax.inference.text_tables import TextTable
 
 log = logging.getLogger(__name__)
@@ -113,27 +115,6 @@ class AdaptiveClassifier:
             clock = table.until_exit(self.model.median_tokens)
         return self.model.resolver.threshold(name, **target, clock=clock)
 
-    def _warn_if_out_of_reach(self, target: Mapping[str, float]) -> None:
-        """Logs a warning if the accuracy or error that is PCEE's threshold cannot be reached.
-
-        Metrics such as F1, which are not a share of the rows, are not compared with an accuracy.
-        """
-        if "error" in target:
-            text, sign, most = f"error={target['error']:g}", -1, "least"
-        elif "accuracy" in target and self.model.objective.metric(self.model.metric).is_share:
-            text, sign, most = f"accuracy={target['accuracy']:g}", 1, "most"
-        else:
-            return
-        if not policy_rule(self.policy).curve:
-            return
-        reachable = self.model.resolver.resolve(self.policy_name, target).reachable
-        if reachable < sign * next(iter(target.values())):
-            log.warning(
-                "%s is out of reach: the calibration rows reach at %s %.4f, but under %s it only "
-                "sets the threshold, %g: set a value within reach",
-                *(text, most, sign * reachable, self.policy_name, self.threshold),
-            )
-
     def __reduce__(self) -> Any:
         raise TypeError(
             "an AdaptiveClassifier holds compiled programs and cannot be pickled or copied: open "
@@ -184,7 +165,8 @@ class AdaptiveClassifier:
           **target: see `Target`.
 
         Raises UserError, see `open_model`, `load_engine` and `ThresholdResolver.threshold`. Logs a
-        warning if an accuracy or error is out of reach under PCEE, where it is never infeasible.
+        warning if an accuracy or error is out of reach under PCEE, where it is never infeasible,
+        and if a finite threshold is above all confidences.
 
         """
         targets = _given(target)
@@ -194,7 +176,8 @@ class AdaptiveClassifier:
         engine = engine or default_engine(model, dtype)
         loaded = load_engine(engine, model, dtype, cache_dir, threads)
         classifier = cls(model, policy, targets, loaded)
-        classifier._warn_if_out_of_reach(targets)
+        if warning := target_warning(classifier.model, classifier.policy, targets):
+            log.warning(warning)
         return classifier
 
     def at(
@@ -312,15 +295,7 @@ class AdaptiveClassifier:
         Raises UserError if the upload fails.
 
         """
-        import huggingface_hub  # slow to import, and not needed for local files
-
-        folder = self.model.folder
-        try:
-            huggingface_hub.create_repo(name, private=private, exist_ok=True)
-            return str(huggingface_hub.upload_folder(repo_id=name, folder_path=folder))
-        except Exception as error:  # the client raises many types; to a user they mean the same
-            message = f"could not push {str(folder)!r} to {name!r}: {one_line(error)}"
-            raise UserError(message) from error
+        return upload_model(self.model.folder, name, private=private)
 
     def make_scheduler(
         self, batch_size: int, wait: int | None = None, *, full: bool | None = None

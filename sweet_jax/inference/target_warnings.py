@@ -1,0 +1,69 @@
+"""Warnings of targets that a saved model accepts but cannot meet, or that save nothing."""
+
+import math
+from collections.abc import Mapping
+
+from sweet_jax.exits.policies import PolicyFunction, policy_name, policy_rule
+from sweet_jax.inference.artifact import ModelArtifact
+
+
+def target_warning(
+    model: ModelArtifact, policy: str | PolicyFunction, target: Mapping[str, float]
+) -> str | None:
+    """Returns a line on a target that has no effect or is out of reach, None if there is none.
+
+    Args:
+      model: saved model, calibrated for the policy.
+      policy: the policy that the target applies to.
+      target: valid target, see `Target`.
+
+    """
+    if "threshold" in target:
+        return _unreachable_threshold(model, policy, target["threshold"])
+    if "error" in target or "accuracy" in target:
+        return _unreachable_metric(model, policy, target)
+    return None
+
+
+def _unreachable_threshold(
+    model: ModelArtifact, policy: str | PolicyFunction, threshold: float
+) -> str | None:
+    """Warns of a finite threshold above all confidences, such as a percentage.
+
+    The confidences of a user's own function are not known.
+    """
+    name = policy_name(policy)
+    highest = len(model.layers) if policy_rule(policy).by_exits else 1
+    if ":" in name or threshold <= highest or math.isinf(threshold):
+        return None
+    return (
+        f"threshold={threshold:g} is above {highest}, the greatest value of the policy {name}, so "
+        f"no text exits early: set a threshold up to {highest}, or inf, which computes the full "
+        "model at once"
+    )
+
+
+def _unreachable_metric(
+    model: ModelArtifact, policy: str | PolicyFunction, target: Mapping[str, float]
+) -> str | None:
+    """Warns of an accuracy or error that is PCEE's threshold and that no threshold reaches.
+
+    Without PCEE such a target is infeasible, which is an error. Metrics such as F1, which are not a
+    share of the rows, are not compared with an accuracy.
+    """
+    if not policy_rule(policy).curve:
+        return None
+    if "error" in target:
+        name, sign, most = "error", -1, "least"
+    elif model.objective.metric(model.metric).is_share:
+        name, sign, most = "accuracy", 1, "most"
+    else:
+        return None
+    resolution = model.resolver.resolve(policy_name(policy), target)
+    if not resolution.reachable < sign * target[name]:
+        return None
+    return (
+        f"{name}={target[name]:g} is out of reach: the calibration rows reach at {most} "
+        f"{sign * resolution.reachable:.4f}, but under {policy_name(policy)} it only sets the "
+        f"threshold, {resolution.threshold:g}: set a value within reach"
+    )
