@@ -40,6 +40,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
             "method": method,
             "pooling": pooling,
             "head_init": start,
+            "head_refit": True,  # holds out the tuning rows that the refit's penalty is chosen on
             "learning_rates": PLAIN_RATES[:1]
             if (pooling, start) == ("first", "random")
             else RATES[:1],

@@ -172,6 +172,18 @@ def test_default_has_largest_area_among_variants_never_significantly_below(tmp_p
     assert counts["every exit at or above TF-IDF less 0.5"] == 1
 
 
+def test_score_exactly_at_the_margin_meets_a_goal(tmp_path):
+    """In floating point, 0.785 + 0.02 is less than 0.81 - 0.005."""
+    write_panel(tmp_path, cells=("sst2-500",))
+    write_record(tmp_path, "sst2-500", "recipe", record(0.785))
+    probes = {f"probe_{layer}": 0.81 for layer in (1, 2, 4, 6)} | {"tfidf": 0.81}
+    scores = {name: Scores(np.full((5, 1), x), np.full(5, x)) for name, x in probes.items()}
+    write_record(tmp_path, "sst2-500", "baselines", Record({}, {}, scores, {"cpu_seconds": 60}))
+    met = {goal.text: goal.met_in for goal in goals(load_scores(tmp_path)[0], "recipe refit")}
+    assert met["every exit at or above the frozen probe less 0.5"] == 1
+    assert met["every exit at or above TF-IDF less 0.5"] == 1
+
+
 def test_page_has_every_table_and_names_variants_not_run(tmp_path):
     write_panel(tmp_path)
     assert panel.main(["--render_only", f"--output={tmp_path}"]) == 0

@@ -80,6 +80,13 @@ def test_probe_handles_a_class_without_rows_and_a_constant_feature():
     assert (logits.argmax(axis=1) == y).mean() > 0.9
 
 
+def test_probe_without_held_out_rows_is_refused():
+    """It would silently keep the strongest penalty."""
+    x, y = make_features(3)
+    with pytest.raises(ValueError, match="no held-out rows to choose the penalty"):
+        fit_classifier(x, y, x[:0], y[:0], 3)
+
+
 def test_probe_fitted_in_chunks_equals_probe_fitted_at_once(monkeypatch):
     x, y = make_features(3)
     at_once = fit_classifier(x.copy(), y, x[:99].copy(), y[:99], 3)

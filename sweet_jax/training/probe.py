@@ -147,7 +147,12 @@ def fit_classifier(
     Returns:
       (kernel [H, C], bias [C], penalty).
 
+    Raises:
+      ValueError: there are no held-out rows, so that no penalty can be chosen.
+
     """
+    if not len(held_x):
+        raise ValueError("no held-out rows to choose the penalty of the linear model on")
     mean, scale = _standardise(x, held_x)
     solve = linear.solver(x.shape[1], classes)
     best: tuple[float, np.ndarray, np.ndarray, float] | None = None
