@@ -20,7 +20,7 @@ from experiments.panel_statistics import (
     variants_with_exits,
 )
 
-_MARGIN = 0.005  # half a point
+_MARGIN = 0.005 + 1e-9  # half a point, which rounding does not exceed
 
 
 def choose_default(by_cell: ScoresByCell) -> tuple[str | None, list[str]]:
@@ -64,9 +64,6 @@ def goals(by_cell: ScoresByCell, name: str) -> list[Goal]:
     probed = [c for c, rows in cells.items() if {*probes, "tfidf"} <= set(rows)]
     plain = [c for c, rows in cells.items() if "plain trained" in rows]
 
-    # A score that is exactly the margin below is not a failure because of rounding.
-    margin = _MARGIN + 1e-9
-
     def exits(cell: str) -> np.ndarray:
         return cells[cell][name].exits.mean(axis=0)  # [E]
 
@@ -74,11 +71,11 @@ def goals(by_cell: ScoresByCell, name: str) -> list[Goal]:
         return float(cells[cell][which].exits.mean())
 
     frozen = [
-        bool((exits(c) >= np.asarray([baseline(c, p) for p in probes]) - margin).all())
+        bool((exits(c) >= np.asarray([baseline(c, p) for p in probes]) - _MARGIN).all())
         for c in probed
     ]
-    tfidf = [bool((exits(c) >= baseline(c, "tfidf") - margin).all()) for c in probed]
-    last = [bool(exits(c)[-1] >= baseline(c, "plain trained") - margin) for c in plain]
+    tfidf = [bool((exits(c) >= baseline(c, "tfidf") - _MARGIN).all()) for c in probed]
+    last = [bool(exits(c)[-1] >= baseline(c, "plain trained") - _MARGIN) for c in plain]
     readouts = compare_to_best(by_cell, name, best_readout_references(by_cell))
     published = compare_to_best(by_cell, name, published_references())
     return [

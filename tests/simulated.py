@@ -24,6 +24,10 @@ def simulated_outputs(split: str, rows: int, replicas: int = 2) -> ExitOutputs:
     return ExitOutputs(logits, labels, [1, 2, 4], identity=identity)
 
 
+def simulated_analysis() -> Analysis:
+    return analyse(simulated_outputs("calibration", 200), simulated_outputs("validation", 300))
+
+
 def traces(browser, chart: str) -> list[dict]:
     return browser.execute_script(f"return document.getElementById('{chart}').chart.traces")
 

@@ -104,7 +104,7 @@ def test_gradient_sums_label_and_distillation_losses_times_exit_weights():
     assert float(metrics.distillation[1]) == 0
 
 
-@pytest.mark.parametrize("by_segment", [pytest.param(False, marks=pytest.mark.nightly), True])
+@pytest.mark.parametrize("by_segment", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_last_exit_gets_zero_gradient_from_unlabeled_rows(by_segment):
     """Exactly zero, with open boundaries (whole gradients) and closed ones (by segment)."""
     graphdef, params = build()

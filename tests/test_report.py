@@ -15,6 +15,7 @@ from simulated import (
     regression_analysis,
     save_replica,
     severe_errors,
+    simulated_analysis,
     simulated_outputs,
     traces,
 )
@@ -55,7 +56,7 @@ REGRESSION = from_mapping(
 
 @pytest.fixture(scope="module")
 def analysis():
-    return analyse(simulated_outputs("calibration", 200), simulated_outputs("validation", 300))
+    return simulated_analysis()
 
 
 @pytest.fixture(scope="module")

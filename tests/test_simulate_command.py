@@ -15,6 +15,7 @@ from simulated import (
     regression_analysis,
     save_replica,
     severe_errors,
+    simulated_analysis,
     simulated_outputs,
     traces,
 )
@@ -37,7 +38,7 @@ from sweet_jax.simulate import main as simulate_command
 
 @pytest.fixture(scope="module")
 def analysis():
-    return analyse(simulated_outputs("calibration", 200), simulated_outputs("validation", 300))
+    return simulated_analysis()
 
 
 def test_comparison_gives_every_run_its_own_color_and_dash(analysis, tmp_path):

@@ -218,7 +218,7 @@ def weighted_gradient(params, isolation, key, graphdef):
     return jax.grad(weighted, has_aux=True)(params)
 
 
-@pytest.mark.parametrize("by_segment", [pytest.param(False, marks=pytest.mark.nightly), True])
+@pytest.mark.parametrize("by_segment", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_gradient_is_that_of_weighted_exit_losses(by_segment):
     """With learning-to-exit, whose squared error is part of the exit's loss."""
     graphdef, params = build(learning_to_exit="joint")
@@ -396,7 +396,7 @@ def test_sweet_step_needs_about_half_the_memory_of_early_exit():
     assert temporary_bytes((1.0,)) <= 0.55 * temporary_bytes((0.0,))
 
 
-@pytest.mark.nightly
+@pytest.mark.slow
 def test_remat_reduces_memory_of_step():
     deep = ((0.0,), 8, (1, 8))
     assert temporary_bytes(*deep, remat=True) < 0.6 * temporary_bytes(*deep)

@@ -166,7 +166,7 @@ class AdaptiveClassifier:
 
         Raises UserError, see `open_model`, `load_engine` and `ThresholdResolver.threshold`. Logs a
         warning if an accuracy or error is out of reach under PCEE, where it is never infeasible,
-        and if a finite threshold is above all confidences.
+        and if no early exit reaches a finite threshold.
 
         """
         targets = _given(target)

@@ -1,4 +1,4 @@
-"""Warnings of targets that a saved model accepts but cannot meet, or that save nothing."""
+"""Warns of targets that a saved model accepts but cannot meet, or at which no text exits early."""
 
 import math
 from collections.abc import Mapping
@@ -28,25 +28,25 @@ def target_warning(
 def _unreachable_threshold(
     model: ModelArtifact, policy: str | PolicyFunction, threshold: float
 ) -> str | None:
-    """Warns of a finite threshold above all confidences, such as a percentage.
+    """Returns a warning of a finite threshold that no early exit reaches, such as a percentage.
 
     The confidences of a user's own function are not known.
     """
     name = policy_name(policy)
-    highest = len(model.layers) if policy_rule(policy).by_exits else 1
+    highest = len(model.layers) - 1 if policy_rule(policy).by_exits else 1  # at an early exit
     if ":" in name or threshold <= highest or math.isinf(threshold):
         return None
     return (
-        f"threshold={threshold:g} is above {highest}, the greatest value of the policy {name}, so "
-        f"no text exits early: set a threshold up to {highest}, or inf, which computes the full "
-        "model at once"
+        f"threshold={threshold:g} is above all values of the policy {name} at an early exit (at "
+        f"most {highest}), so no text exits early: set a lower one, or inf, which computes the "
+        "full model at once"
     )
 
 
 def _unreachable_metric(
     model: ModelArtifact, policy: str | PolicyFunction, target: Mapping[str, float]
 ) -> str | None:
-    """Warns of an accuracy or error that is PCEE's threshold and that no threshold reaches.
+    """Returns a warning of an accuracy or error that is PCEE's threshold, but out of reach.
 
     Without PCEE such a target is infeasible, which is an error. Metrics such as F1, which are not a
     share of the rows, are not compared with an accuracy.
