@@ -1,6 +1,7 @@
 """Four CPU devices, and what many tests share: a tiny checkpoint, rows, runs on both, a browser."""
 
 import fcntl
+import gc
 import logging
 import os
 import pickle
@@ -29,6 +30,10 @@ os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "")
     + " --xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
 )
+
+# Tracing allocates many objects: at the default threshold of 700 allocations, Python searches for
+# cycles, and JAX collects its own garbage, thousands of times a minute.
+gc.set_threshold(50_000, 20, 50)
 
 import jax
 import numpy as np

@@ -11,7 +11,24 @@ import pyarrow.parquet as pq
 import pytest
 
 from sweet_jax import predict
-from sweet_jax.inference import prediction_file
+from sweet_jax.inference import classifier, prediction_file
+
+
+@pytest.fixture(scope="module", autouse=True)
+def engines_loaded_once():
+    """The commands share an engine, as otherwise each of them would compile the same programs."""
+    engines: dict = {}
+    load_engine = classifier.load_engine
+
+    def load_once(name, model, *options):
+        key = (name, model.folder, *options)
+        if key not in engines:
+            engines[key] = load_engine(name, model, *options)
+        return engines[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(classifier, "load_engine", load_once)
+        yield
 
 
 @pytest.fixture

@@ -172,9 +172,12 @@ def assert_every_part_of_encoder_is_trained(job, workdir):
     trained = read_params(path)
     _, state = initial_state(job.config, job.checkpoint, model_specs(job.config)[0], 2)
     for part, before in state.params["encoder"].items():
-        after = jax.tree.leaves(trained["encoder"][part])
-        pairs = zip(jax.tree.leaves(before), after, strict=True)
-        changed = [[np.any(x != y) for x, y in zip(*pair, strict=True)] for pair in pairs]
+        leaves = zip(
+            jax.tree.leaves(before), jax.tree.leaves(trained["encoder"][part]), strict=True
+        )
+        # A single replica is stored without the axis of replicas.
+        pairs = [(x, np.reshape(y, np.shape(x))) for x, y in leaves]
+        changed = [[np.any(a != b) for a, b in zip(x, y, strict=True)] for x, y in pairs]
         assert np.any(changed, axis=0).all(), part
 
 
