@@ -19,7 +19,7 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     _CACHE = tempfile.TemporaryDirectory(prefix="sweet_jax_tests_")
     os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE.name
 # Storing a program takes about as long as compiling a small one.
-os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
 # Tests compile far more than they compute: LLVM's optimisation of the kernels would take half of
 # their time. What XLA itself does to a program (fusion, scheduling, memory) stays as it is, and so
 # do the generators of its kernels: xla_cpu_use_fusion_emitters=false would save another fifth, but

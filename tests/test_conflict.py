@@ -23,7 +23,7 @@ from sweet_jax.training.metrics import read_metrics
 EXITS = (1, 2, 3)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_conflict_is_mean_cosine_of_gradient_rows():
     graphdef, params = build(EXITS)
     key = jax.random.key(5)

@@ -102,7 +102,7 @@ def test_load_encoder_returns_all_hidden_states_of_hugging_face(name):
     [
         "roberta_small",
         *(
-            pytest.param(n, marks=pytest.mark.slow)
+            pytest.param(n, marks=pytest.mark.nightly)
             for n in ("deberta_v2_xlarge", "deberta_base", "mpnet_small")
         ),
     ],

@@ -111,7 +111,7 @@ def test_segment_parallel_growth_equals_data_parallel_growth(base, tmp_path):
     assert np.abs(logits[True][:, 2:]).max() > 1e-2
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_grown_run_can_be_grown_again_and_resumed(base, tmp_path):
     shutil.copytree(base[0], tmp_path / "base")
     run(grown_config((tmp_path / "base", base[1]), exits=(1, 2, 3), depth=3), tmp_path / "first")

@@ -66,7 +66,7 @@ def test_exit_loss_gradient_stays_in_its_segment_or_head(mode):
         assert np.any(leaf) == reached or untrained(path), path
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_enabling_learning_to_exit_keeps_other_initial_params_and_dropout():
     def make(**options):
         graphdef, state = nnx.split(
@@ -97,7 +97,7 @@ def test_enabling_learning_to_exit_keeps_other_initial_params_and_dropout():
     np.testing.assert_allclose(*logits, atol=1e-6)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_detached_heads_do_not_change_training_of_other_params():
     """Gradients are clipped: if the heads counted in their owner's norm, its step would shrink."""
     trained = {}

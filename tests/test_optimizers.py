@@ -196,7 +196,7 @@ def test_step_settings_change_when_optimizer_name_is_reassigned(options, monkeyp
     assert step_settings(job.config, None, (1,), 160) == step_settings(job.config, None, (1,), 160)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_checkpoint_of_older_release_with_adam_state_is_resumed(options, tmp_path):
     """Older releases store the optimizer state under the name "adam"."""
     job = prepare(from_mapping(options | {"max_steps": 2, "checkpoint_every": 1, "epochs": 2}))

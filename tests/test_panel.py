@@ -320,7 +320,7 @@ def test_setfit_trains_on_all_rows_of_its_seed_with_their_labels(checkpoint, row
     assert texts_of_seeds[0] != texts_of_seeds[1]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_variants_and_baselines_are_scored_on_the_same_validation_rows(
     checkpoint, rows, tmp_path, monkeypatch
 ):

@@ -103,8 +103,18 @@ def test_runs_cover_every_model_type():
     assert {"bert", *CHANGES_BY_TYPE} == set(TINIES)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("kind", "changes"), CHANGES_BY_TYPE.items())
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        # These have the layers of RoBERTa and of BERT.
+        pytest.param(
+            kind,
+            changes,
+            marks=pytest.mark.nightly if kind in ("xlm-roberta", "electra") else pytest.mark.slow,
+        )
+        for kind, changes in CHANGES_BY_TYPE.items()
+    ],
+)
 def test_run_of_each_model_type_trains_every_part_and_saved_model_reproduces_its_logits(
     kind, changes, options, tmp_path, one_device
 ):

@@ -60,7 +60,7 @@ def train_on_devices(options, workdir, devices: int, monkeypatch, **changes):
         # because Adam's moments cancel constant ones.
         pytest.param(
             *("bert", 4, {"exits": (2, 4), "pooling": "mean", "loss_weights": "shallow_deep"}),
-            marks=pytest.mark.slow,
+            marks=pytest.mark.nightly,
         ),
         pytest.param("bert", 4, {"exits": (2, 4), "seeds": (0, 1)}, marks=pytest.mark.nightly),
         # Four groups.

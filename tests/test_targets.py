@@ -290,8 +290,13 @@ def check_exported(classifier, dataset, predictions, folder) -> None:
     np.testing.assert_allclose(probability, least, atol=1e-5)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("objective", ["multi_label", "regression"])
+@pytest.mark.parametrize(
+    "objective",
+    [
+        pytest.param("multi_label", marks=pytest.mark.slow),
+        pytest.param("regression", marks=pytest.mark.nightly),
+    ],
+)
 def test_run_predict_serve_and_export_with_other_objectives(
     objective, checkpoint, tmp_path, with_figures
 ):

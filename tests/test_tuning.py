@@ -311,7 +311,7 @@ def test_full_model_baseline_searches_its_own_learning_rate(recipe, tmp_path, on
     assert results["baselines"]["fine_tuned"]["score"] == score
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_tuning_rows_are_evaluated_without_dropout(recipe, with_dropout, tmp_path, one_device):
     """Even with preset=reference, which calibrates with dropout on validation rows."""
     config = recipe | with_dropout | {"epochs": 1, "preset": "reference", "checkpoint_every": 5}
