@@ -106,7 +106,7 @@ def test_runs_cover_every_model_type():
 @pytest.mark.parametrize(
     ("kind", "changes"),
     [
-        # These have the layers of RoBERTa and of BERT.
+        # XLM-RoBERTa and ELECTRA have the layers of RoBERTa and BERT.
         pytest.param(
             kind,
             changes,
