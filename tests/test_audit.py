@@ -421,6 +421,21 @@ def test_audit_keeps_answers_and_estimates_agreement_of_exits(serve_audited, cla
     assert f'sweet_jax_audit_exit_agreement{{exit="2"}} {summary.exits[0].agreement}' in metrics
 
 
+def test_texts_counted_as_audited_are_in_the_log(serve_audited, sweet, monkeypatch):
+    counted, add = [], AuditLog.add
+
+    def add_and_note(log, row, layers):
+        counted.append(audit.summary().audited)
+        add(log, row, layers)
+
+    monkeypatch.setattr(AuditLog, "add", add_and_note)
+    server, audit, path = serve_audited()
+    server.predict({"texts": sweet.texts[:4]})
+    wait_until_audited(audit, 4)
+    assert counted == [0, 1, 2, 3]
+    assert len(path.read_text().splitlines()) == 1 + 4
+
+
 @pytest.mark.parametrize("metric", ["micro_f1", "neg_hamming_loss"])
 def test_multi_label_agreement_follows_the_metric(serve_audited, sweet, metric):
     """As in certificates, all labels must agree, or their share counts if that is the metric."""

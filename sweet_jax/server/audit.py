@@ -185,10 +185,8 @@ class Audit:
         scores = np.asarray(whole.exit_scores, np.float32) if whole.exit_scores else None
         kept_text = text if self.settings.texts else None
         row = self._statistics.row(np.stack(whole.logits), scores, answered.exit, kept_text)
-        with self._lock:
-            raised = self._statistics.add(row)
         if self._log is not None:
-            try:
+            try:  # before the text counts as audited: every text counted is then in the log
                 self._log.add(row, self._rule.layers)
             except OSError as error:  # for example a full disk; the statistics do not need the log
                 log.warning(
@@ -198,6 +196,8 @@ class Audit:
                 )
                 self._log.close()
                 self._log = None
+        with self._lock:
+            raised = self._statistics.add(row)
         if raised:
             summary = self.summary()
             self._warn(
