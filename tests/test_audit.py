@@ -498,7 +498,9 @@ def test_alarm_is_logged_shown_and_posted_once(serve_audited, classifier, sweet,
         for _ in range(3):
             server.predict({"texts": texts})
         wait_until_audited(audit, 3 * len(texts))
+        deadline = time.monotonic() + 60
         while not posted:  # a separate thread posts it
+            assert time.monotonic() < deadline
             time.sleep(0.01)
     hook.shutdown()
     hook.server_close()

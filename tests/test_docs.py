@@ -1,6 +1,7 @@
 """The commands of the README run, and the documentation agrees with the code."""
 
 import ast
+import contextlib
 import importlib.util
 import json
 import os
@@ -81,7 +82,8 @@ def readme_setup(tmp_path_factory):
     environment = {"PATH": path + os.environ["PATH"], "PYTHONPATH": str(ROOT)}
     yield folder, os.environ | environment
     if (folder / "server.pid").exists():
-        os.kill(int((folder / "server.pid").read_text()), signal.SIGTERM)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(int((folder / "server.pid").read_text()), signal.SIGTERM)
 
 
 def install_lines(source: str) -> list[str]:

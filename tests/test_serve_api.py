@@ -296,7 +296,7 @@ def closes_within(connection: socket.socket, seconds: float) -> bool:
 def test_only_connections_without_request_are_closed_after_timeout(classifier):
     app = make_app(classifier, 2, Limits())
     settings = uvicorn.Config(app, port=0, log_level="error", timeout_keep_alive=60)
-    close_silent_connections(settings, 0.4)
+    close_silent_connections(settings, 2.0)
     running = Running.__new__(Running)
     running.start(settings)
     request = b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n"
@@ -312,16 +312,16 @@ def test_only_connections_without_request_are_closed_after_timeout(classifier):
     active = http.client.HTTPConnection("127.0.0.1", running.port, timeout=60)
     active.connect()
     active.auto_open = 0  # fail if the server closes this connection
-    deadline = time.monotonic() + 1.5
+    deadline = time.monotonic() + 4.5
     while time.monotonic() < deadline:  # several times the timeout, with requests all along
         active.request("GET", "/healthz")
         assert json.loads(active.getresponse().read())["status"] == "ok"
         time.sleep(0.05)
     slow = socket.create_connection(("127.0.0.1", running.port))
     slow.sendall(b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: 20\r\n\r\n")
-    assert not closes_within(slow, 1.2)  # the body has a time limit of its own
+    assert not closes_within(slow, 4.5)  # the body has a time limit of its own
     for name in ("no bytes", "part of a request"):
-        assert closes_within(connections[name], 0.1), name
+        assert closes_within(connections[name], 5), name
     while connections["a request and part of another"].recv(1000):
         pass  # the first request's response, then the end of the stream
     for connection in (slow, active, *connections.values()):
