@@ -556,7 +556,7 @@ def test_report_page_lists_baselines_and_shortfalls(analysis, tmp_path):
     assert "100% of the texts leave there at the recommended threshold" in warning_lines[0]
     page = body({"threshold": 2.0})  # all texts reach the last exit, whose accuracy is 0.9
     assert '<p class="warning">' not in page
-    assert "2 exits alone are below a baseline; the recommended operating point is not" in page
+    assert "2 exits alone are below a baseline of the same or lower cost; the recommended" in page
     note = page.split(start)[1]
     assert "0% of the texts leave there at the recommended threshold" in note
     assert '<td class="name">frozen encoder + probe at layer 2</td><td>0.500</td>' in page

@@ -113,6 +113,19 @@ def test_never_predicted_classes_are_named(three_classes):
     assert f"have it: '<class 2>' (in {count}); more training rows" in text
 
 
+def test_page_lists_never_predicted_classes_apart_from_exits_below_a_baseline(tmp_path):
+    splits = simulated_splits(3)
+    for outputs in splits:
+        outputs.logits[..., 2] = -100
+    analysis = analyse(*splits)
+    results = build_results(CONFIG, analysis, TrainingRecord(100))
+    write_report(tmp_path / "report.html", analysis, results, [], {})
+    page = (tmp_path / "report.html").read_text()
+    start = page.index("<summary>Classes that are never predicted</summary>")
+    assert "&lt;class 2&gt;" in page[start : page.index("</details>", start)]
+    assert "below a baseline of" not in page
+
+
 def test_class_metrics_equal_counts_at_the_operating_point(three_classes):
     exits, predictions = exits_and_predictions(three_classes)
     labels, cost = three_classes.validation.labels[0], np.array([0.25, 0.5, 1.0])

@@ -107,7 +107,7 @@ def test_report_has_exit_times_and_is_rewritten_for_target(trained_run, capsys, 
     assert cli.main(["report", str(folder), "--milliseconds=1e-6", "--png"]) == 0
     page = (folder / "report.html").read_text()
     assert (
-        "No threshold reaches the best accuracy within 1e-06 ms for a text of median length: the"
+        "The target (the best accuracy within 1e-06 ms for a text of median length) cannot be met: "
         in page
     )
     assert "<h1>rows.csv " in page

@@ -53,7 +53,8 @@ function showTarget() {
       "(for confidences fitted on half of the calibration rows)";
   } else if (name !== "accuracy" || data.metric === "accuracy") {
     const gap = ({cost, error: -metric}[name] ?? metric) - target;
-    words += `; ${Math.abs(gap).toFixed(4)} ${gap < 0 ? "below" : "above"} the target`;
+    const shown = Math.abs(gap).toFixed(4);
+    words += `; ${shown === "0.0000" ? "at" : `${shown} ${gap < 0 ? "below" : "above"}`} the target`;
   }
   output.textContent = words;
 }

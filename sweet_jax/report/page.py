@@ -188,24 +188,25 @@ def _warnings(
     """Returns a line for each exit that diverged, collapsed, or is below a baseline.
 
     Lines are listed under "warnings", or under "remarks" if an exit is below a baseline but the
-    recommended operating point is not.
+    recommended operating point is not. "never_predicted" has a line if a class is.
     """
     lines = [describe_divergence(row) for r in results["replicas"] for row in r["diverged"]]
     best, findings = results["best_replica"], worst_shortfalls(results)
     effects: dict[int, Effect] = {}
     remarks: list[str] = []
+    never_predicted: list[str] = []
     if np.isfinite(analysis.area[best]):
         exits = analysis.exits_taken(best, threshold)
         rows = analysis.validation.replica(best)
         effects = describe_effects(findings, rows, exits)
         if missing := describe_never_predicted(rows, exits):
-            remarks.append(f"{missing[:1].upper()}{missing[1:]}.")
+            never_predicted.append(f"{missing[:1].upper()}{missing[1:]}.")
     for finding in findings:
         line, effect = describe_shortfall(finding, results), effects.get(finding.exit)
         if effect is not None:
             line += f". {effect.text[:1].upper()}{effect.text[1:]}"
         (remarks if effect is not None and effect.harmless else lines).append(f"{line}.")
-    return {"warnings": lines, "remarks": remarks}
+    return {"warnings": lines, "remarks": remarks, "never_predicted": never_predicted}
 
 
 def _spread(analysis: Analysis, replica: int, threshold: float, details: ReportDetails) -> str:

@@ -52,7 +52,7 @@ def verdict(
     threshold: float,
     details: ReportDetails,
 ) -> list[str]:
-    """Compares, in two sentences, a threshold with all layers and with the baselines.
+    """Compares, in a few sentences, a threshold with all layers and with the baselines.
 
     All numbers are measured on the validation rows. Their 95% intervals over rows are those of
     `score_interval` for the metric and of `paired_difference` for differences.
