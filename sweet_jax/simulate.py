@@ -192,6 +192,12 @@ def _describe_point(analysis: Analysis, replica: int, point: OperatingPoint) -> 
     return f"threshold {shown}: " + "; ".join(parts)
 
 
+def _describe_difference(difference: float) -> str:
+    """Returns, for example, "0.0500 above"; "at" if all of the digits shown are zero."""
+    digits = f"{abs(difference):.4f}"
+    return "at" if float(digits) == 0 else f"{digits} {'above' if difference > 0 else 'below'}"
+
+
 def _describe_gap(point: OperatingPoint, found: float, targets: Mapping[str, float]) -> str:
     """Describes how far the validation rows are from a requested accuracy or error.
 
@@ -203,8 +209,7 @@ def _describe_gap(point: OperatingPoint, found: float, targets: Mapping[str, flo
     else:
         reachable, asked, most = point.reachable, targets["accuracy"], "most"
         missed = reachable < asked
-    gap = found - asked
-    text = f"; {abs(gap):.4f} {'above' if gap >= 0 else 'below'} the target"
+    text = f"; {_describe_difference(found - asked)} the target"
     if missed:
         text += f" (out of reach: the calibration rows reach at {most} {reachable:.4f})"
     return text

@@ -36,6 +36,7 @@ def run_to_end(config: Path, workdir: Path, devices: int, every: int = 100) -> s
 
 
 def checkpoint_steps(workdir: Path) -> list[int]:
+    """Returns the steps of the checkpoints that are there, in any order."""
     folder = workdir / "checkpoints" / "exits_1_2_3"
     return [int(path.name) for path in folder.glob("*") if path.name.isdigit()]
 

@@ -415,7 +415,8 @@ def test_serve_command_answers_accepted_requests_after_sigterm(fine_tuned, texts
         client = Running.__new__(Running)
         client.port = int(line.rsplit(":", 1)[1])
         with ThreadPoolExecutor(4) as pool:
-            # The first request compiles, so that none is finished when the signal arrives.
+            # The first request compiles, so that none is finished when the signal arrives, unless
+            # this process was stalled for as long.
             responses = [pool.submit(client.predict, {"texts": texts[i : i + 4]}) for i in range(4)]
             wait_until_accepted(client, 16)
             process.send_signal(signal.SIGTERM)

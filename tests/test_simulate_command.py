@@ -150,6 +150,7 @@ def test_simulate_describes_the_gap_between_an_error_and_its_target():
     assert above.startswith("; 0.0500 above the target (out of reach: the calibration")
     assert above.endswith(" rows reach at least 0.3400)")
     assert _describe_gap(point, -0.3, {"error": 0.4}) == "; 0.1000 below the target"
+    assert _describe_gap(point, -0.40001, {"error": 0.4}) == "; at the target"
 
 
 def test_simulate_refuses_to_compare_runs_of_different_metrics(monkeypatch, capsys, tmp_path):

@@ -53,8 +53,9 @@ function showTarget() {
       "(for confidences fitted on half of the calibration rows)";
   } else if (name !== "accuracy" || data.metric === "accuracy") {
     const gap = ({cost, error: -metric}[name] ?? metric) - target;
-    const shown = Math.abs(gap).toFixed(4);
-    words += `; ${shown === "0.0000" ? "at" : `${shown} ${gap < 0 ? "below" : "above"}`} the target`;
+    const digits = Math.abs(gap).toFixed(4);
+    const difference = Number(digits) === 0 ? "at" : `${digits} ${gap < 0 ? "below" : "above"}`;
+    words += `; ${difference} the target`;
   }
   output.textContent = words;
 }

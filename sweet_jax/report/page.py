@@ -182,25 +182,24 @@ def _describe_target(target: Mapping[str, float], metric: str) -> str:
     return f"the cheapest that keeps the last exit's {metric}"
 
 
-def _warnings(
-    analysis: Analysis, results: Mapping[str, Any], threshold: float
-) -> dict[str, list[str]]:
+def _warnings(analysis: Analysis, results: Mapping[str, Any], threshold: float) -> dict[str, Any]:
     """Returns a line for each exit that diverged, collapsed, or is below a baseline.
 
     Lines are listed under "warnings", or under "remarks" if an exit is below a baseline but the
-    recommended operating point is not. "never_predicted" has a line if a class is.
+    recommended operating point is not. "never_predicted" is one line about the classes
+    that are never predicted, or empty.
     """
     lines = [describe_divergence(row) for r in results["replicas"] for row in r["diverged"]]
     best, findings = results["best_replica"], worst_shortfalls(results)
     effects: dict[int, Effect] = {}
     remarks: list[str] = []
-    never_predicted: list[str] = []
+    never_predicted = ""
     if np.isfinite(analysis.area[best]):
         exits = analysis.exits_taken(best, threshold)
         rows = analysis.validation.replica(best)
         effects = describe_effects(findings, rows, exits)
         if missing := describe_never_predicted(rows, exits):
-            never_predicted.append(f"{missing[:1].upper()}{missing[1:]}.")
+            never_predicted = f"{missing[:1].upper()}{missing[1:]}."
     for finding in findings:
         line, effect = describe_shortfall(finding, results), effects.get(finding.exit)
         if effect is not None:
