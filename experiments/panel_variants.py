@@ -82,7 +82,7 @@ PAIR_PROBE = tuple(f"{method}-pair-probe" for method in METHODS)
 AUTO_PROBE = tuple(f"{method}-auto-probe" for method in METHODS)
 _OTHERS = tuple(f"{method}-{readout}" for readout in READOUTS[4:] for method in METHODS)
 # Other changes to training, each alone; docs/guides/methods.md defines them.
-_DISTILLED = {"distillation_weight": 1.0, "distillation_temperature": 2.0}
+_DISTILLED = {"distillation": 1.0, "distillation_temperature": 2.0}
 CHANGES: dict[str, tuple[str, dict[str, Any]]] = {  # the changed variant, and its changes
     "early_exit-distilled": ("early_exit-mean-probe", _DISTILLED),
     "early_exit-last-first": ("early_exit-mean-probe", {"last_exit_first": 0.3}),

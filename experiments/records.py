@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from experiments.comparison import Record, Run, mean_to_full
+from sweet_jax.config import with_current_keys
 from sweet_jax.exits.analysis import analyse, curve_area
 from sweet_jax.exits.outputs import ExitOutputs
 from sweet_jax.files import atomic_write, write_json
@@ -60,9 +61,7 @@ def measure(folder: Path) -> Record:
                 seed=replica["seed"],
                 learning_rate=replica["learning_rate"],
                 scores={e["layer"]: e["score"] for e in replica["individual"]},
-                diverged={
-                    d["exit"]: f"{d['what']} at step {d['step']}" for d in replica["diverged"]
-                },
+                diverged={d["exit"]: _failure_text(d) for d in replica["diverged"]},
                 area=curve_area(*thinned),
                 calibration_area=replica["calibration_area"],
                 area_to_full=mean_to_full(cost, score),
@@ -80,6 +79,12 @@ def measure(folder: Path) -> Record:
         learning_rate=results["mean"]["learning_rate"],
         runs=tuple(runs),
     )
+
+
+def _failure_text(failure: Mapping[str, Any]) -> str:
+    """Describes a failure of an exit; its step is None if only the evaluation shows it."""
+    step = failure["step"]
+    return failure["what"] if step is None else f"{failure['what']} at step {step}"
 
 
 def write_study(output: Path, records: Mapping[str, Record], options: Sequence[str]) -> None:
@@ -145,7 +150,7 @@ def read_study(output: Path) -> tuple[dict[str, Record], list[str]]:
             of_run.setdefault((row["learning_rate"], row["seed"]), []).append(row)
         records[name] = Record(
             **{key: cell[key] for key in _CELL},
-            config=study["config"] | cell["config"],
+            config=with_current_keys(study["config"] | cell["config"]),
             metric=scores[name][0]["metric"],
             runs=tuple(_run(row, of_run[row["learning_rate"], row["seed"]]) for row in runs[name]),
         )

@@ -123,7 +123,7 @@ def _plain(config: Config) -> Config:
         boundary_isolation=(),
         loss_weights="uniform",
         last_exit_first=0.0,
-        distillation_weight=0.0,
+        distillation=0.0,
         distillation_temperature=1.0,
         unlabeled_files="",
         pooling="first",

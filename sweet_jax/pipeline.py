@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 
 from sweet_jax.baselines import run_baselines
-from sweet_jax.config import AUTO, Config
+from sweet_jax.config import AUTO, FORMER_KEYS, Config
 from sweet_jax.distributed import (
     broadcast_from_primary,
     claim_on_primary,
@@ -81,7 +81,7 @@ def run(config: Config, workdir: Path, *, report: bool = True) -> dict[str, Any]
     with claim_on_primary(
         workdir,
         lambda: check_inputs(input_digests(job, identity), identity),
-        lambda: claim_run_directory(workdir, identity, FREE_KEYS, before),
+        lambda: claim_run_directory(workdir, identity, FREE_KEYS, before, FORMER_KEYS),
     ):
         log_description(job)
         if job.config.head_init == "probe":

@@ -59,8 +59,6 @@ from sweet_jax.inference.prediction_file import CHECKED, PREDICTED, OutputFile
 from sweet_jax.inference.predictions import InvalidRow
 from sweet_jax.inference.warm_up import warm_up
 
-_ALL_FAILED = 3  # exit status
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit status."""
@@ -161,7 +159,12 @@ def _run(options: argparse.Namespace) -> int:
             f"{compared} last {CHECKED} rows were compared. Delete it to predict everything again",
             file=sys.stderr,
         )
-    return _ALL_FAILED if tally.rows and tally.errors == tally.rows else 0
+    if tally.rows and tally.errors == tally.rows:
+        raise UserError(
+            f"none of the {tally.rows:,} rows of {options.input!r} could be classified, see the "
+            f"errors in {str(output.path)!r}: check the text columns ({', '.join(columns.texts)})"
+        )
+    return 0
 
 
 def _input_files(name: str) -> list[Path]:

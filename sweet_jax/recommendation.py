@@ -53,7 +53,7 @@ def recommend(run: Path, target: Mapping[str, float]) -> str:
     model = open_model(run / "model")
     tables = _measure(model)
     table = min(tables, key=lambda table: typical_milliseconds(table, model))
-    analysis = load_analysis(run)
+    analysis = load_analysis(run).as_saved()
     replica = analysis.best
     if not np.isfinite(analysis.area[replica]):
         return "training diverged: there is no operating point to recommend"

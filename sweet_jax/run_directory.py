@@ -19,6 +19,7 @@ def claim_run_directory(
     identity: Mapping[str, Any],
     free: tuple[str, ...],
     defaults: Mapping[str, Any],
+    former: Mapping[str, str],
 ) -> Iterator[None]:
     """Locks a run directory for this process and this configuration.
 
@@ -30,19 +31,20 @@ def claim_run_directory(
         written to it.
       free: keys of `identity` that may differ.
       defaults: values of keys that a config.json written by an older version lacks.
+      former: names of keys in a config.json written by an older version, with today's.
 
     Raises UserError if the directory cannot be written to, is in use, or contains anything other
     than a run of this configuration.
 
     """
     try:
-        _check_identity(workdir, identity, free, defaults)  # before a directory is created
+        _check_identity(workdir, identity, free, defaults, former)  # before a directory is created
     except OSError as error:
         raise UserError(
             f"workdir {str(workdir)!r} cannot be read ({error.strerror}): choose another"
         ) from error
     with lock_directory(workdir):
-        _check_identity(workdir, identity, free, defaults)
+        _check_identity(workdir, identity, free, defaults, former)
         mend_directories(workdir)
         for path in workdir.rglob(".*.part*"):  # left by `atomic_write` in a killed process
             if path.is_file():
@@ -56,6 +58,7 @@ def _check_identity(
     identity: Mapping[str, Any],
     free: tuple[str, ...],
     defaults: Mapping[str, Any],
+    former: Mapping[str, str],
 ) -> None:
     """Raises UserError unless a directory is absent, unclaimed, or a run with the same identity."""
     path = workdir / "config.json"
@@ -65,7 +68,10 @@ def _check_identity(
             theirs = read_json(path)
             if not isinstance(theirs, dict):
                 raise ValueError("not an object")
-            theirs = {**json.loads(json.dumps(defaults)), **theirs}
+            theirs = {
+                **json.loads(json.dumps(defaults)),
+                **{former.get(k, k): v for k, v in theirs.items()},
+            }
             if missing := sorted(ours.keys() - theirs.keys()):
                 raise ValueError(f"it has no {', '.join(missing)}")
         except (OSError, ValueError) as error:

@@ -5,7 +5,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from sweet_jax.config import Config, from_mapping
+from sweet_jax.config import Config, from_mapping, with_current_keys
 from sweet_jax.errors import UserError
 from sweet_jax.files import read_json
 
@@ -38,7 +38,7 @@ def read_saved_config(
     """
     name = name or repr(str(folder))
     try:
-        values = read_json(folder / "config.json")
+        values = with_current_keys(read_json(folder / "config.json"))
         digest = values.pop("data_sha256")
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise UserError(f"{name} is not the directory of a run ({error!r})") from error

@@ -51,7 +51,8 @@ def parse_config(tmp_path):
         ({"exits": (1, 4, 4)}, "exits must be ascending without repeats"),
         ({"exits": (1.5, 12)}, "exits must be whole numbers separated by commas"),
         ({"exits": (True, 12)}, "exits must be whole numbers"),
-        ({"exits": "1,4"}, "exits must be whole numbers"),
+        ({"exits": "1,four"}, "exits must be whole numbers"),
+        ({"epochs": 1.5}, "epochs must be a whole number"),
         ({"seeds": ()}, "seeds must be at least one number"),
         ({"seeds": (1, 1)}, "seeds must be distinct; got (1, 1)"),
         ({"seeds": (-1,)}, "seeds must be from 0"),
@@ -112,24 +113,24 @@ def parse_config(tmp_path):
             "last_exit_first=0.5 needs several exits, but the model has one: remove it",
         ),
         (
-            {"distillation_weight": 1.0, "method": "multi_model"},
-            "distillation_weight=1 needs several exits, but a multi_model model has one: remove it",
+            {"distillation": 1.0, "method": "multi_model"},
+            "distillation=1 needs several exits, but a multi_model model has one: remove it",
         ),
-        ({"distillation_weight": -1.0}, "distillation_weight must be 0 or more; got -1.0"),
+        ({"distillation": -1.0}, "distillation must be 0 or more; got -1.0"),
         (
-            {"distillation_weight": 1.0, "distillation_temperature": 0.0},
+            {"distillation": 1.0, "distillation_temperature": 0.0},
             "distillation_temperature must be positive and finite; got 0.0",
         ),
         (
             {"distillation_temperature": 2.0},
             "distillation_temperature=2.0 applies only with distillation, which is off: also set "
-            "--config.distillation_weight=1",
+            "--config.distillation=1",
         ),
         ({"unlabeled_files": "more.csv"}, "unlabeled_files='more.csv' applies only with distil"),
         (
             {
                 "objective": "regression",
-                "distillation_weight": 1.0,
+                "distillation": 1.0,
                 "distillation_temperature": 2.0,
             },
             "distillation_temperature=2 applies to probabilities, which objective=regression does ",
@@ -180,6 +181,10 @@ def test_saved_config_round_trips_and_refuses_unfinished_or_damaged_runs(tmp_pat
         read_saved_config(tmp_path)
     write_json(tmp_path / "results.json", {})
     assert read_saved_config(tmp_path) == (config, "digest")
+    earlier = dict(values)
+    earlier["distillation_weight"] = earlier.pop("distillation")
+    write_json(tmp_path / "config.json", earlier)
+    assert read_saved_config(tmp_path) == (config, "digest")
     write_json(tmp_path / "config.json", values | {"of_another_version": 1})
     assert read_saved_config(tmp_path, any_version=True) == (config, "digest")
     with pytest.raises(UserError, match="unknown config key 'of_another_version'"):
@@ -205,6 +210,8 @@ def test_from_mapping_converts_scalars_lists_and_integers():
     assert config.isolation == (0.0, 1.0)
     assert all(type(a) is float for a in (*config.isolation, config.clip_norm))
     assert config.text_columns == "question,answer"
+    texts = from_mapping({"exits": "1, 2", "seeds": "3", "isolation": "0,1"})
+    assert (texts.exits, texts.seeds, texts.isolation) == ((1, 2), (3,), (0.0, 1.0))
 
 
 @pytest.mark.parametrize("preset", PRESETS)

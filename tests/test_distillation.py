@@ -160,7 +160,7 @@ def distilled(options, tmp_path) -> dict:
     (tmp_path / "new.csv").write_text("\n".join([*texts, *(f"{text},x" for text in unlabeled), ""]))
     return options | {
         "unlabeled_files": str(tmp_path / "new.csv"),
-        "distillation_weight": 1.0,
+        "distillation": 1.0,
         "train_size": 1000,
         "seeds": (0, 1),
     }

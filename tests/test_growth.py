@@ -148,7 +148,7 @@ def test_growth_settings_that_do_not_fit_the_base_are_refused(base, changes, mes
     [
         ({"pooler": "shared"}, "has pooler='shared', but the new run has 'per_exit'"),
         (
-            {"unlabeled_files": "more.csv", "distillation_weight": 1.0},
+            {"unlabeled_files": "more.csv", "distillation": 1.0},
             "was trained with unlabeled_files='more.csv': such a run cannot be grown",
         ),
         (

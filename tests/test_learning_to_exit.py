@@ -14,8 +14,9 @@ from test_early_exit import BATCH, EXITS, KEY, build, untrained
 from test_step import settings
 from tiny import TINY
 
-from sweet_jax import ExitOutputs, load_encoder
+from sweet_jax import AdaptiveClassifier, ExitOutputs, load_encoder
 from sweet_jax.config import Config, from_mapping
+from sweet_jax.exits.analysis import load_analysis
 from sweet_jax.exits.outputs import RunIdentity
 from sweet_jax.models.bert import Bert
 from sweet_jax.models.early_exit import EarlyExit
@@ -203,6 +204,20 @@ def test_run_and_its_saved_model_use_learned_exit_scores(
     assert all(np.shape(row["exit_loss"]) == (1, exits) for row in rows)
     _check_model(tmp_path / "model", prepare(config).validation, splits["validation"])
     _check_commands(tmp_path, capsys)
+
+
+def test_model_of_a_run_whose_policy_needs_all_rows_has_the_policy_for_one_row(
+    options, tmp_path, one_device
+):
+    changes = {"preset": "reference", "learning_to_exit": "joint"}
+    assert run(from_mapping(options | changes), tmp_path)["policy"] == "learning_to_exit_min_max"
+    classifier = AdaptiveClassifier.from_pretrained(tmp_path / "model", cost=0.9)
+    assert classifier.policy == "learning_to_exit"
+    saved = load_analysis(tmp_path).as_saved()
+    assert saved.policy == "learning_to_exit"
+    expected = saved.operating_point(saved.best, {"cost": 0.9}).threshold
+    assert classifier.threshold == pytest.approx(expected)
+    assert len(classifier.predict(["word1 word2"]).labels) == 1
 
 
 def _check_model(folder, tokens, outputs):

@@ -294,10 +294,13 @@ def test_output_with_a_long_file_name_is_written(sweet, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"in.csv", output.name}
 
 
-def test_exit_status_is_3_when_no_row_can_be_classified(predict_rows):
+def test_input_without_a_row_that_can_be_classified_is_refused_in_one_line(predict_rows, capsys):
     status, predictions = predict_rows("in.jsonl", '{"text": 5}\n{"text": null}\n')
-    assert status == 3
+    assert status == 2
     assert [list(row) for row in predictions] == [["error"], ["error"]]
+    refusal = capsys.readouterr().err.splitlines()[-1]
+    assert refusal.startswith("error: none of the 2 rows of ")
+    assert refusal.endswith(": check the text columns (text)")
 
 
 def test_keep_accepts_all_columns_of_a_csv(predict_rows):

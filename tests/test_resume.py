@@ -77,7 +77,7 @@ def results_without_timing(workdir: Path) -> dict:
                 "group_by_length": True,
                 "learning_rates": (1e-3, 3e-3),
                 "rate_search": "short",
-                "distillation_weight": 1.0,
+                "distillation": 1.0,
                 "tuning_fraction": 0.2,
                 "baselines": "quick",
             },
@@ -94,7 +94,7 @@ def results_without_timing(workdir: Path) -> dict:
                 "boundary_isolation": (1.0, 0.5),
                 "learning_to_exit": "joint",
                 "last_exit_first": 0.25,
-                "distillation_weight": 0.5,
+                "distillation": 0.5,
                 "distillation_temperature": 2.0,
                 "conflict_every": 4,
             },
@@ -105,7 +105,7 @@ def results_without_timing(workdir: Path) -> dict:
 def test_killed_and_terminated_run_equals_an_uninterrupted_one_bitwise(
     options, with_dropout, tmp_path, devices, changes
 ):
-    if "distillation_weight" in changes:
+    if "distillation" in changes:
         # The unlabeled rows are those of the file that are not drawn.
         changes = changes | {"unlabeled_files": options["data_files"]}
     config = write_config(tmp_path, options | with_dropout | changes)

@@ -498,6 +498,7 @@ def test_workdir_of_another_configuration_is_refused(options, tmp_path, one_devi
     # As if an earlier version had written the file, without these keys.
     for key in ("remat", "attention", "relative", "isolation"):
         del config[key]
+    config["distillation_weight"] = config.pop("distillation")  # the key's former name
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match="remat is False there and True here"):
         run(from_mapping(options | {"remat": True}), tmp_path)
@@ -515,7 +516,7 @@ def test_resumed_run_accepts_moved_data_files_but_not_changed_rows(options, tmp_
     for key, path in files.items():
         shutil.copy(path, moved[key])
     for paths in (files, moved):
-        config = from_mapping(options | {"distillation_weight": 1.0} | paths)
+        config = from_mapping(options | {"distillation": 1.0} | paths)
         with pytest.raises(KeyboardInterrupt):  # after the workdir was accepted
             run(config, tmp_path / "run")
         saved = json.loads((tmp_path / "run" / "config.json").read_text())

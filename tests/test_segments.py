@@ -150,7 +150,7 @@ def test_segments_benchmark_prints_every_variant(capsys):
         ({"preset": "reference"}, "pooler"),
         ({"clipping": "global"}, "clipping"),
         ({"last_exit_first": 0.5}, "last_exit_first"),
-        ({"distillation_weight": 1.0}, "distillation_weight"),
+        ({"distillation": 1.0}, "distillation"),
     ],
 )
 def test_segment_parallel_refuses_options_that_couple_exits(changes, key, options):

@@ -408,7 +408,8 @@ def test_values_incompatible_with_zero_epochs_or_refit_are_refused(recipe):
         from_mapping(recipe | {"epochs": 0, "head_init": "random"})
     with pytest.raises(UserError, match="epochs must be"):
         from_mapping(recipe | {"epochs": "some"})
-    assert from_mapping(recipe | {"epochs": "3"}).epochs == 3
+    for value in ("3", 3.0, "3.0"):
+        assert from_mapping(recipe | {"epochs": value}).epochs == 3
     for changes in ({"epochs": 0}, {"head_refit": True}):
         with pytest.raises(UserError, match="learning_to_exit='joint' cannot be combined"):
             from_mapping(recipe | {"learning_to_exit": "joint"} | changes)

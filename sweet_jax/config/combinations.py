@@ -145,17 +145,17 @@ def _check_loss_weights(config: Keys) -> None:
 def _check_last_exit(config: Keys) -> None:
     """Raises UserError for last_exit_first and the keys of distillation where they do not apply."""
     several = len(config.exits) > 1 and not METHODS[config.method].model_per_exit
-    for key in ("last_exit_first", "distillation_weight"):
+    for key in ("last_exit_first", "distillation"):
         value = getattr(config, key)
         if value and not several:
             subject = "the model has" if len(config.exits) == 1 else f"a {config.method} model has"
             raise UserError(f"{key}={value:g} needs several exits, but {subject} one: remove it")
     for key, default in (("unlabeled_files", ""), ("distillation_temperature", 1.0)):
         value = getattr(config, key)
-        if value != default and not config.distillation_weight:
+        if value != default and not config.distillation:
             raise UserError(
                 f"{key}={value!r} applies only with distillation, which is off: also set "
-                "--config.distillation_weight=1"
+                "--config.distillation=1"
             )
     if config.distillation_temperature != 1 and not OBJECTIVES[config.objective].categorical:
         raise UserError(
@@ -196,7 +196,7 @@ def _check_independent(config: Keys) -> None:
         ("clipping", config.clipping in ("", "owner")),
         ("boundary_isolation", set(config.boundary_isolation) <= {1.0}),
         ("last_exit_first", not config.last_exit_first),
-        ("distillation_weight", not config.distillation_weight),
+        ("distillation", not config.distillation),
     ):
         if not sound:
             raise UserError(

@@ -80,7 +80,7 @@ class DataKeys:
         "",
         (
             "Rows without labels, with the same text columns. Every step also distills on as "
-            "many of them as it has labeled rows (needs distillation_weight)."
+            "many of them as it has labeled rows (needs distillation)."
         ),
         allowed='a file, a folder, a glob pattern, or several joined by +; "" is none',
     )

@@ -101,15 +101,18 @@ def key_metadata(field: dataclasses.Field) -> KeyMetadata:
 def convert_value(field: dataclasses.Field, value: Any) -> Any:
     """Converts a value of a file or a command line to the type of a key, where that is possible.
 
-    For a key that takes several numbers, a list or a single number becomes a tuple; for a key that
-    takes text, a list of names becomes comma-separated text; for a float, an int becomes one.
+    For a key that takes several numbers, a list, a single number or the text of a command line
+    ("1,2,4") becomes a tuple; for a key that takes text, a list of names becomes comma-separated
+    text; for a float, an int becomes one.
     """
     convert = key_metadata(field).convert
     if convert:
         return convert(value)
     if isinstance(field.default, tuple):
-        values = tuple(value) if isinstance(value, list | tuple) else (value,)
         kind = _element_type(field)
+        if isinstance(value, str):
+            value = _parse_numbers(value, kind)
+        values = tuple(value) if isinstance(value, list | tuple) else (value,)
         return tuple(float(v) if type(v) is int and kind is float else v for v in values)
     if isinstance(field.default, str) and isinstance(value, list | tuple):
         return ",".join(map(str, value))
@@ -161,6 +164,14 @@ def check_conditions(field: dataclasses.Field, value: Any) -> None:
 def split_names(text: str) -> tuple[str, ...]:
     """Splits a comma-separated list of names, and strips the blanks around them."""
     return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def _parse_numbers(text: str, kind: type) -> Any:
+    """Returns the numbers of a comma-separated list, or the text itself if it is none."""
+    try:
+        return [kind(part) for part in split_names(text)] or text
+    except ValueError:
+        return text
 
 
 def _element_type(field: dataclasses.Field) -> type:

@@ -135,7 +135,7 @@ class MethodKeys:
         ),
         FROM_0_BELOW_1,
     )
-    distillation_weight: float = key(
+    distillation: float = key(
         0.0,
         (
             "Weight of the divergence from the last exit's prediction, in the loss of each other "

@@ -27,7 +27,8 @@ PRESETS: dict[str, dict[str, str]] = {
     "": _DEFAULT,
     # The SWEET paper fits temperatures on the evaluation set.
     "paper": _DEFAULT | {"calibration": "validation", "pooling": "first"},
-    # What the authors' released code does.
+    # What the authors' released code does. It also evaluates in batches of 1, padded to 256 tokens,
+    # and again for every threshold, which takes longer and has the same answers.
     "reference": {
         "pooler": "shared",
         "relative": "shared",

@@ -38,8 +38,12 @@ def _exit_score_policies() -> list[str]:
 
 
 def _whole_number(value: Any) -> Any:
-    """Converts text of digits, which a command line passes, to an int."""
-    return int(value) if isinstance(value, str) and value.strip().isdigit() else value
+    """Converts a whole number, or the text of one as a command line passes it, to an int."""
+    try:
+        number = float(value) if isinstance(value, str | float) else value
+    except ValueError:
+        return value
+    return int(number) if isinstance(number, float) and number.is_integer() else value
 
 
 @dataclasses.dataclass(frozen=True)

@@ -122,6 +122,19 @@ class Analysis:
             return row_breakpoints(*pair, policy, self.calibrators[replica])
         return row_breakpoints(*pair, policy, calibrator, cross_fitted=False)
 
+    def as_saved(self) -> "Analysis":
+        """Returns the analysis under the policy of the saved model, usually this one.
+
+        If the confidence of a text depends on the other texts, a model cannot use the policy, and
+        is saved with the corresponding one for a single text. Replicas are compared as in this
+        analysis, so the best one remains the one that is saved.
+        """
+        policy = "" if self.function else policy_rule(self.policy).for_one_row
+        if not policy:
+            return self
+        other = analyse(self.calibration, self.validation, policy)
+        return dataclasses.replace(other, area=self.area, tuned=self.tuned)
+
     @property
     def compared(self) -> int:
         """Returns the number of models that were compared on the calibration rows, 1 if tuned.

@@ -195,6 +195,7 @@ class Policy:
       low: smallest value; None stands for 1 / K.
       needs_all_rows: whether the confidence of a row depends on the other rows, so that the policy
         can neither be served nor certified.
+      for_one_row: name of the policy that a saved model has in place of one that needs all rows.
       needs_probabilities: whether it reads probabilities, which not every objective has.
       needs_agreement: whether it compares predictions for equality, which does not apply to
         regression.
@@ -210,6 +211,7 @@ class Policy:
     by_exits: bool = False
     low: float | None = 0.0
     needs_all_rows: bool = False
+    for_one_row: str = ""
     needs_probabilities: bool = True
     needs_agreement: bool = False
     needs_numbers: bool = False
@@ -262,6 +264,7 @@ POLICIES = Registry(
             learning_to_exit_min_max,
             "learning-to-exit score, min-max normalized over these rows, as in SWEET's release",
             needs_all_rows=True,
+            for_one_row="learning_to_exit",
             needs_probabilities=False,
             needs_exit_scores=True,
         ),

@@ -100,8 +100,8 @@ def describe_exits(
       lengths: numbers of tokens of the training texts, int [N].
 
     """
-    best = analysis.best
-    keep = analysis.operating_point(best)
+    best, saved = analysis.best, analysis.as_saved()
+    keep = saved.operating_point(best)
     seed, rate = analysis.replicas[best]
     temperatures = analysis.temperatures[best]
     single, pooling = config.objective == "single_label", POOLINGS[config.pooling]
@@ -120,7 +120,7 @@ def describe_exits(
         "first_only": pooling.first_only,  # read where the pooling itself is not needed
         "layers": list(config.exits),
         "cost": np.asarray(analysis.validation.cost).tolist(),
-        "policy": config.policy,
+        "policy": saved.policy,
         "metric": dataset.task.metric,
         "temperatures": [t if np.isfinite(t) else None for t in temperatures.tolist()],
         "dials": analysis.resolver(best, deployable_policies(analysis.validation)).as_dict()

@@ -160,8 +160,8 @@ def step_settings(
     weights = loss_weights(config.loss_weights, config.exits)
     of_exit = dict(zip(config.exits, weights, strict=True))
     distillation = None
-    if config.distillation_weight:
-        distillation = Distillation(config.distillation_weight, config.distillation_temperature)
+    if config.distillation:
+        distillation = Distillation(config.distillation, config.distillation_temperature)
     return StepSettings(
         graphdef=graphdef,
         exits=exits,
