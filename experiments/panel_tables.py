@@ -3,6 +3,7 @@
 Shape letters: S seed, E exit.
 """
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -35,6 +36,7 @@ from experiments.panel_statistics import (
 )
 from experiments.panel_variants import BASELINES, CELLS, ROW_GROUPS, VARIANTS, stored_as, units
 from experiments.rendering import table_lines
+from experiments.score_rows import score_rows, write_score_rows
 from sweet_jax.files import write_text
 
 DEFAULT = "recipe refit"
@@ -50,7 +52,7 @@ The panel in docs/reproduction.md has the statistics and the criterion."""
 
 
 def render(output: Path) -> None:
-    """Writes README.md from the records; nothing if there are none."""
+    """Writes README.md and scores.csv from the records; nothing if there are none."""
     by_cell, records = load_scores(output)
     if not by_cell:
         return
@@ -61,6 +63,11 @@ def render(output: Path) -> None:
             lines += [f"## {heading}", "", *table_lines(header, rows), ""]
     lines += ["## Not run", "", *_missing(records), ""]
     write_text(output / "README.md", "\n".join(lines))
+    stored = (
+        score_rows("panel", CELLS[cell].task, variant, record)
+        for (cell, variant), record in records.items()
+    )
+    write_score_rows(output / "scores.csv", itertools.chain.from_iterable(stored))
 
 
 def _sections(by_cell: ScoresByCell) -> dict[str, Table]:

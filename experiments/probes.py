@@ -26,6 +26,7 @@ Shape letters: S seed, E exit, N rows, D bootstrap draws.
 
 import argparse
 import dataclasses
+import itertools
 import sys
 import time
 from collections.abc import Sequence
@@ -58,6 +59,7 @@ from experiments.recipe_results import (
 from experiments.recipe_variants import cell_values
 from experiments.rendering import table_lines
 from experiments.runner import run_resumable
+from experiments.score_rows import score_rows, write_score_rows
 from experiments.variant_runs import with_fewer_validation_rows
 from sweet_jax.baselines import run_baselines
 from sweet_jax.compilation_cache import enable_compilation_cache
@@ -200,7 +202,7 @@ def pairs_table(output: Path, model: str) -> Table:
 
 
 def render(output: Path) -> None:
-    """Writes README.md from the records."""
+    """Writes README.md and scores.csv from the records."""
     lines = ["# Frozen encoders, layer by layer", "", _ABOUT, ""]
     for model, layers in LAYERS.items():
         rows = []
@@ -221,6 +223,14 @@ def render(output: Path) -> None:
             lines += [f"### {model}, comparing the texts of a pair", "", _ABOUT_PAIRS, ""]
             lines += [*table_lines(header, pairs), ""]
     write_text(output / "README.md", "\n".join(lines))
+    csv_rows: list[dict[str, Any]] = []
+    for model, task, (pooling, name) in itertools.product(LAYERS, TASKS, RECORDS.items()):
+        if record := read_record(output, f"{model}-{task}", name):
+            csv_rows += [
+                row | {"setting": f"{model} {pooling}"}
+                for row in score_rows("probes", task, "baselines", record)
+            ]
+    write_score_rows(output / "scores.csv", csv_rows)
 
 
 _ABOUT = f"""Made by `python -m experiments.probes`, whose docstring has the details. Accuracy in

@@ -3,18 +3,18 @@
 Shape letters: S seed, E exit, D bootstrap draws.
 """
 
-import csv
 import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-from experiments.recipe_results import CELLS, Cell, CellRecord, Scores, read_record, record_path
+from experiments.recipe_results import CELLS, Scores, read_record, record_path
 from experiments.rendering import table_lines
+from experiments.score_rows import score_rows, write_score_rows
 from sweet_jax.exits.metrics import mean_interval
-from sweet_jax.files import atomic_write, write_text
+from sweet_jax.files import write_text
 
 
 class Interval(NamedTuple):
@@ -216,37 +216,6 @@ def _write_scores(output: Path, variants: Sequence[str]) -> None:
     for name, variant in itertools.product(CELLS, variants):
         record = read_record(output, name, variant)
         if record is not None:
-            rows += _score_rows(CELLS[name], variant, record)
+            rows += score_rows("recipe", CELLS[name].task, variant, record)
     if rows:
-        with atomic_write(output / "scores.csv") as aside, aside.open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
-
-
-def _score_rows(cell: Cell, variant: str, record: CellRecord) -> list[dict[str, Any]]:
-    """Returns the rows of scores.csv of a record, with the columns of experiments.records."""
-    search = record.about.get("search") or {}
-    rows = []
-    for kind, scores in record.scores.items():
-        layers = record.config["exits"][-scores.exits.shape[1] :]
-        seeds = enumerate(record.config["seeds"])
-        for (s, seed), (e, layer) in itertools.product(seeds, enumerate(layers)):
-            rows.append(
-                {
-                    "study": "recipe",
-                    "task": cell.task,
-                    "method": kind if variant == "baselines" else record.config["method"],
-                    "setting": f"{variant} {kind}",
-                    "train_size": cell.rows,
-                    "learning_rate": search.get("learning_rate", ""),
-                    "seed": seed,
-                    "exit": layer,
-                    "metric": "accuracy",
-                    "value": f"{scores.exits[s % len(scores.exits), e]:.6f}",
-                    "n": record.n["validation"],
-                    "area": f"{scores.area[s % len(scores.area)]:.6f}",
-                    "diverged": "",
-                }
-            )
-    return rows
+        write_score_rows(output / "scores.csv", rows)

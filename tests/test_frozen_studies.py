@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy.special import softmax
 
-from experiments import laplace_control, two_sizes
+from experiments import laplace_control, probes, two_sizes
 from experiments.laplace import laplace_confidences
 from experiments.pcee_measurements import RULES, TARGETS, control
 from sweet_jax import ExitOutputs
@@ -103,10 +103,13 @@ def test_rows_are_read_as_written_and_page_marks_clear_difference_bold(tmp_path)
     assert "Not run: cola" in page
 
 
-@pytest.mark.parametrize("script", [two_sizes, laplace_control])
+@pytest.mark.parametrize("script", [two_sizes, laplace_control, probes])
 def test_committed_page_equals_page_rendered_from_results(script, tmp_path):
     committed = RESULTS / script.__name__.rpartition(".")[2]
     shutil.copytree(committed, tmp_path, dirs_exist_ok=True)
-    (tmp_path / "README.md").unlink()
+    pages = {"README.md", "scores.csv"} & {path.name for path in committed.iterdir()}
+    for name in pages:
+        (tmp_path / name).unlink()
     assert script.main(["--render_only", f"--output={tmp_path}"]) == 0
-    assert (tmp_path / "README.md").read_bytes() == (committed / "README.md").read_bytes()
+    for name in pages:
+        assert (tmp_path / name).read_bytes() == (committed / name).read_bytes()

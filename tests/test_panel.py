@@ -37,6 +37,7 @@ from experiments.panel_variants import (
     stored_as,
     units,
 )
+from experiments.score_rows import score_rows
 from sweet_jax.config import from_mapping
 from sweet_jax.directories import lock_directory
 from sweet_jax.exits.analysis import analyse
@@ -208,10 +209,41 @@ def test_page_has_every_table_and_names_variants_not_run(tmp_path):
     assert re.search(r"\| sst2-500 \| 80\.\d \| 5 \| \*\*\+6\.9 \[.*\]\*\* \| 100 \|", page)
 
 
-def test_committed_page_equals_page_rendered_from_records(tmp_path):
+def test_committed_page_and_scores_equal_those_rendered_from_records(tmp_path):
     shutil.copytree(RESULTS / "cells", tmp_path / "cells")
     assert panel.main(["--render_only", f"--output={tmp_path}"]) == 0
-    assert (tmp_path / "README.md").read_bytes() == (RESULTS / "README.md").read_bytes()
+    for name in ("README.md", "scores.csv"):
+        assert (tmp_path / name).read_bytes() == (RESULTS / name).read_bytes()
+
+
+def test_score_rows_name_the_exit_the_learning_rate_and_the_metric():
+    exits = np.asarray([[0.1, 0.2], [0.3, 0.4]])
+    config = {"method": "sweet", "exits": [1, 2, 4], "seeds": [5, 7], "train_size": 500}
+    about = {"search": {"learning_rate": 3e-4}, "metric": "matthews"}
+    kinds = {"refit": Scores(exits, exits.mean(1))}
+    searched = Record(config | {"learning_rates": [1e-4, 3e-4]}, {"validation": 9}, kinds, about)
+    rows = score_rows("panel", "cola", "recipe", searched)
+    columns = ("seed", "exit", "value", "learning_rate", "metric", "area", "diverged")
+    assert [tuple(row[name] for name in columns) for row in rows] == [
+        (5, 2, "0.100000", 3e-4, "matthews", "0.150000", "not recorded"),
+        (5, 4, "0.200000", 3e-4, "matthews", "0.150000", "not recorded"),
+        (7, 2, "0.300000", 3e-4, "matthews", "0.350000", "not recorded"),
+        (7, 4, "0.400000", 3e-4, "matthews", "0.350000", "not recorded"),
+    ]
+    one_rate = Record(config | {"learning_rates": [1e-4]}, {"validation": 9}, kinds, {})
+    assert {r["learning_rate"] for r in score_rows("panel", "cola", "plain", one_rate)} == {1e-4}
+    one_exit = Scores(exits[:1, :1], exits[:1, 0])  # the same for all seeds
+    baselines = Record(
+        one_rate.config, {"validation": 9}, {"tfidf": one_exit, "probe_4": one_exit}, {}
+    )
+    rows = score_rows("panel", "cola", "baselines", baselines)
+    columns = ("method", "seed", "exit", "value", "learning_rate", "diverged")
+    assert [tuple(row[name] for name in columns) for row in rows] == [
+        ("tfidf", 5, "", "0.100000", "", ""),
+        ("tfidf", 7, "", "0.100000", "", ""),
+        ("probe_4", 5, 4, "0.100000", "", ""),
+        ("probe_4", 7, 4, "0.100000", "", ""),
+    ]
 
 
 def test_units_are_unique_and_start_with_the_core():
