@@ -266,12 +266,16 @@ def test_predictions_can_be_written_to_stdout_and_dev_null(sweet, tmp_path, capf
     assert "2 rows" in capfd.readouterr().err
 
 
-def test_output_that_is_the_input_or_a_folder_is_refused(sweet, tmp_path, capsys):
-    (tmp_path / "in.txt").write_text("word1\n")
-    path = tmp_path / "in.txt"
+@pytest.mark.parametrize("name", ["in.txt", "in.jsonl", "in.csv", "in.tsv"])
+def test_output_that_is_the_input_or_a_folder_is_refused(sweet, tmp_path, capsys, name):
+    """Not with the advice to remove an output that exists: that would remove the input."""
+    content = text_lines(["word1"]) if name == "in.jsonl" else "text\nword1\n"
+    path = tmp_path / name
+    path.write_text(content)
     assert run_predict(sweet, f"--input={path}", f"--output={path}") == 2
-    assert "--output and --input are the same file" in capsys.readouterr().err
-    assert path.read_text() == "word1\n"
+    error = capsys.readouterr().err
+    assert error == "error: --output and --input are the same file: choose another --output\n"
+    assert path.read_text() == content
     assert run_predict(sweet, f"--input={path}", f"--output={tmp_path}") == 2
     assert "is a folder" in capsys.readouterr().err
 

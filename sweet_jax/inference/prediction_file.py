@@ -89,6 +89,9 @@ class OutputFile:
         Raises UserError if the file cannot be written, is one of the input files `sources`, or is
         in use by another process, if a table already exists, or for a format that is not written.
         """
+        written = [path for path in {self.path, self._rows} if os.path.exists(path)]
+        if any(os.path.samefile(path, source) for path in written for source in sources):
+            raise UserError("--output and --input are the same file: choose another --output")
         if not self.streams and self._has_other_format():
             raise UserError(
                 f"--output {str(self.path)!r} has a format that predictions are not written in: "
@@ -98,8 +101,6 @@ class OutputFile:
             raise UserError(
                 f"--output {str(self.path)!r} exists: choose another file, or remove it"
             )
-        if any(os.path.exists(self._rows) and os.path.samefile(self._rows, s) for s in sources):
-            raise UserError("--output and --input are the same file: choose another --output")
         try:
             self._rows.parent.mkdir(parents=True, exist_ok=True)
             with contextlib.suppress(FileNotFoundError):
