@@ -26,7 +26,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 import numpy as np
 
 from sweet_jax.arguments import ArgumentParser, run_command
-from sweet_jax.data.column_names import parse_names
+from sweet_jax.data.column_names import columns_for_model
 from sweet_jax.data.file_lists import expand_files
 from sweet_jax.data.records import column_names, read_records
 from sweet_jax.data.tables import Columns, missing_column
@@ -113,13 +113,13 @@ def read_labelled(
 ) -> tuple[list[Any], np.ndarray]:
     """Returns the texts and the targets of the labeled rows; targets that are classes: int32 [N].
 
-    Raises UserError for a row without text or label, a label that the model does not know, or too
-    few rows.
+    Raises UserError as `columns_for_model` does, and for a row without text or label, a label that
+    the model does not know, or too few rows.
     """
     files = expand_files(options.labelled)
     present = column_names(files[0], options.text) if "," in (options.text or "") else ()
     column = model.objective.column
-    names = parse_names(options.text or "", present) or model.text_columns
+    names = columns_for_model(options.text, present, model.text_columns)
     columns = Columns(names, options.label, several_labels=column.several)
     texts: list[Any] = []
     labels: list[str] = []

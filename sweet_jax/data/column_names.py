@@ -31,6 +31,34 @@ def parse_names(text: str, present: Sequence[str] = ()) -> tuple[str, ...]:
     return tuple(name.strip() for fields in rows for name in fields if name.strip())
 
 
+def columns_for_model(
+    text: str | None, present: Sequence[str], trained: Sequence[str]
+) -> tuple[str, ...]:
+    """Returns the text columns of a file that a saved model reads.
+
+    Args:
+      text: list of their names, as in `parse_names`; None or "" for the names in training.
+      present: names of the file's columns, as in `parse_names`.
+      trained: names of the one or two text columns that the model was trained on.
+
+    Raises:
+      UserError: for another number of columns than the model's, or the same column twice.
+
+    """
+    names = parse_names(text or "", present) or tuple(trained)
+    if len(names) != len(trained):
+        raise UserError(
+            f"this model takes {len(trained)} text column(s), such as {','.join(trained)}; got "
+            f"{','.join(names)}"
+        )
+    if len(set(names)) < len(names):
+        raise UserError(
+            f"the text columns {','.join(names)} are the same column twice, so that each text "
+            "would be compared with itself: name the two different columns of the pair"
+        )
+    return names
+
+
 def choose_columns(task: Task, present: Sequence[str], class_columns: Sequence[str] = ()) -> Task:
     """Returns the task with its columns, including those that it does not name.
 
