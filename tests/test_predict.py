@@ -199,6 +199,21 @@ def test_interrupted_output_is_resumed_only_with_its_own_target_and_input(
     assert "input" not in json.loads((tmp_path / ".out.jsonl.identity.json").read_text())
 
 
+@pytest.mark.parametrize("content", [b"", b'{"model": ', b"[]", b"5", b"\xff"])
+def test_damaged_identity_is_reported_in_one_line_and_can_be_removed(
+    predict_rows, tmp_path, capsys, content
+):
+    rows = text_lines(["word1", "word2"])
+    _, complete = predict_rows("in.jsonl", rows, "--threshold=0.8")
+    identity = tmp_path / ".out.jsonl.identity.json"
+    identity.write_bytes(content)
+    capsys.readouterr()
+    assert predict_rows("in.jsonl", rows, "--threshold=0.8") == (2, complete)
+    assert capsys.readouterr().err == f"error: '{identity}' is damaged: remove it\n"
+    identity.unlink()
+    assert predict_rows("in.jsonl", rows, "--threshold=0.8") == (0, complete)
+
+
 def run_predict(sweet, *arguments: str) -> int:
     """Runs the command with the arguments, at threshold 0.8; returns its exit status."""
     model = f"--model={sweet.classifier.model.folder}"

@@ -140,7 +140,7 @@ class OutputFile:
         Yields:
           Whether the identity of the existing rows is known.
 
-        Raises UserError if they have another identity.
+        Raises UserError if they have another identity, or if the file with it is damaged.
 
         """
         if self.streams:
@@ -152,7 +152,7 @@ class OutputFile:
         if begins:
             write_json(self._note, ours)
         elif has_identity:
-            theirs = read_json(self._note)
+            theirs = _read_identity(self._note)
             if "input" not in theirs:
                 del ours["input"]
             differing = [k for k in {**ours, **theirs} if theirs.get(k) != ours.get(k)]
@@ -241,6 +241,18 @@ class OutputFile:
             with atomic_write(self.path) as aside:
                 self._convert(self._rows, aside)
             self._rows.unlink()
+
+
+def _read_identity(path: Path) -> dict[str, Any]:
+    """Reads a recorded identity. Raises UserError if the file is damaged."""
+    try:
+        identity = read_json(path)
+    except ValueError:
+        identity = None
+    if not isinstance(identity, dict):
+        # Without it, the last rows of the output are compared.
+        raise UserError(f"{str(path)!r} is damaged: remove it")
+    return identity
 
 
 def _equal(old: Any, new: Any) -> bool:
