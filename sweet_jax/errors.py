@@ -1,7 +1,7 @@
 """User errors, which commands report in one line with exit status 2."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 class UserError(ValueError):
@@ -51,6 +51,12 @@ def missing_package(error: ImportError) -> str:
 def join_numbers(numbers: Iterable[int]) -> str:
     """Returns numbers separated by commas, as in a config key: 1,4,6,12."""
     return ",".join(map(str, numbers))
+
+
+def list_names(names: Sequence[str]) -> str:
+    """Returns the first ten names for display, long ones cut, and the number of the others."""
+    listed = ", ".join(repr(n if len(n) <= 60 else f"{n[:60]}…") for n in names[:10])
+    return listed + (f" and {len(names) - 10} more" if len(names) > 10 else "")
 
 
 def check_choice(what: str, value: str, allowed: Iterable[str]) -> None:

@@ -6,7 +6,7 @@ import io
 from collections.abc import Sequence
 
 from sweet_jax.data.tasks import Task
-from sweet_jax.errors import UserError
+from sweet_jax.errors import UserError, list_names
 
 # Column names that published data sets use for their texts, and for the two texts of a pair.
 _TEXTS = ("text", "sentence", "content", "review", "comment", "utterance", "message", "document")
@@ -85,7 +85,7 @@ def choose_columns(task: Task, present: Sequence[str], class_columns: Sequence[s
             raise UserError(
                 "set --config.text_columns (--text of sweet-jax train FILE) to the column of the "
                 "text, or the two columns of a pair: the columns are "
-                f"{', '.join(map(repr, present)) or 'unknown'}"
+                f"{list_names(present) or 'unknown'}"
             )
     if len(texts) > 2 or len(set(texts)) < len(texts):
         raise UserError(
