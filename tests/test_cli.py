@@ -224,6 +224,22 @@ def test_interrupt_during_imports_is_reported_in_one_line(capsys, monkeypatch):
     assert capsys.readouterr().err == "interrupted\n"
 
 
+@pytest.mark.parametrize("error", ["KeyboardInterrupt", "ImportError from KeyboardInterrupt()"])
+def test_interrupt_while_the_command_starts_is_reported_in_one_line(error):
+    """Before `run_command` is imported; libraries in C raise errors of their own during imports."""
+    program = (
+        "import sys\n"
+        "class Interrupting:\n"
+        "    def find_spec(self, name, *_):\n"
+        f"        if name == 'numpy': raise {error}\n"
+        "sys.meta_path.insert(0, Interrupting())\n"
+        "from sweet_jax.cli import main\n"
+        "sys.exit(main(['version']))"
+    )
+    process = run_process(sys.executable, "-c", program)
+    assert (process.returncode, process.stdout, process.stderr) == (1, "", "interrupted\n")
+
+
 def test_process_exits_with_status_2_and_one_line(run_arguments, tmp_path):
     process = run_main(*run_arguments, "--config.exits=1,2")
     assert process.returncode == 2
