@@ -31,11 +31,15 @@ def one_line(error: BaseException) -> str:
 
 
 def short_repr(value: object, most: int = 200) -> str:
-    """Returns the repr of a value on one line, cut to some number of characters."""
+    """Returns the repr of a value on one line, cut to some number of characters.
+
+    That of a text keeps its closing quote.
+    """
     text = repr(value)
     if "\n" in text:  # as that of a table or an array has; a text's own blanks stay
         text = " ".join(text.split())
-    return text if len(text) <= most else f"{text[: most - 1]}…"
+    end = text[-1] if isinstance(value, str) else ""
+    return text if len(text) <= most else f"{text[: most - 1 - len(end)]}…{end}"
 
 
 def missing_package(error: ImportError) -> str:
@@ -55,7 +59,7 @@ def join_numbers(numbers: Iterable[int]) -> str:
 
 def list_names(names: Sequence[str]) -> str:
     """Returns the first ten names for display, long ones cut, and the number of the others."""
-    listed = ", ".join(repr(n if len(n) <= 60 else f"{n[:60]}…") for n in names[:10])
+    listed = ", ".join(short_repr(name, 60) for name in names[:10])
     return listed + (f" and {len(names) - 10} more" if len(names) > 10 else "")
 
 

@@ -213,7 +213,7 @@ def test_error_of_an_unknown_column_lists_few_names_and_cuts_long_ones(tmp_path)
     columns = refusal_message(many, text_columns="")
     assert columns.endswith(f"the columns are {listed} and 1990 more")
     long = write(tmp_path / "long.csv", "word " * 60_000 + ",ham\n")
-    message = f"unknown column 'text': choose one of '{'word ' * 12}…', 'ham'"
+    message = f"unknown column 'text': choose one of '{'word ' * 11}wo…', 'ham'"
     assert refusal_message(long).endswith(message)
     none = write(tmp_path / "none.jsonl", "{}\n")
     assert refusal_message(none).endswith("unknown column 'text': there are no columns")

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from sweet_jax.errors import UserError
+from sweet_jax.errors import UserError, short_repr
 from sweet_jax.objectives.decision_thresholds import best_f1_shifts
 from sweet_jax.objectives.label_checks import (
     cut_label,
@@ -108,14 +108,15 @@ def read_label_sets(
         for name in split_labels(text):
             if is_written_list(name):
                 raise UserError(
-                    f"label {cut_label(name)!r} (the text {texts[row][0]!r:.40}) is a list that is "
-                    "written as text: write it as a|b, or save the rows as JSONL or Parquet"
+                    f"label {cut_label(name)!r} (the text {short_repr(texts[row][0], 40)}) is a "
+                    "list that is written as text: write it as a|b, or save the rows as JSONL or "
+                    "Parquet"
                 )
             if name not in index:
                 raise UserError(
-                    f"label {cut_label(name)!r} (the text {texts[row][0]!r:.40}) is not among the "
-                    f"training labels {list_labels(names)}: correct it, or add training rows with "
-                    "this label"
+                    f"label {cut_label(name)!r} (the text {short_repr(texts[row][0], 40)}) is not "
+                    f"among the training labels {list_labels(names)}: correct it, or add training "
+                    "rows with this label"
                 )
             targets[row, index[name]] = True
     return targets

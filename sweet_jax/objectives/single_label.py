@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sweet_jax.errors import UserError
+from sweet_jax.errors import UserError, short_repr
 from sweet_jax.objectives.class_metrics import BALANCED_ACCURACY, F1, MACRO_F1, MATTHEWS
 from sweet_jax.objectives.label_checks import (
     check_label_column,
@@ -73,7 +73,7 @@ def read_labels(labels: Any, classes: int) -> np.ndarray:
     if values.dtype.kind not in "biuf":  # text, or objects that may be integers
         for label in values.ravel().tolist():
             if not isinstance(label, numbers.Integral):
-                raise ValueError(f"labels must be indices of classes; got {label!r:.60}")
+                raise ValueError(f"labels must be indices of classes; got {short_repr(label, 60)}")
     if values.dtype.kind == "f" and not (np.isfinite(values) & (values == np.trunc(values))).all():
         raise ValueError("labels must be integers: the indices of their classes")
     labels = np.asarray(labels, np.int64)
@@ -105,7 +105,7 @@ def read_classes(
         count = labels.count(labels[row])
         raise UserError(
             f"label {cut_label(labels[row])!r} ({count} row{'s' * (count > 1)}, the text "
-            f"{texts[row][0]!r:.40}) is not among the training labels "
+            f"{short_repr(texts[row][0], 40)}) is not among the training labels "
             f"{list_labels(names)}: correct it, or add training rows with this label"
         )
     return np.asarray(indices, np.int32)
