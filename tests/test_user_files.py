@@ -380,6 +380,22 @@ def test_large_numeric_labels_are_not_similar():
     assert not label_warnings({str(2**63): 5, str(2**63 + 1): 5})
 
 
+@pytest.mark.parametrize(
+    ("label", "fix"),
+    [
+        ("a|b", "set --config.objective=multi_label"),
+        ("['a', 'b']", "write them as a|b, and set --config.objective=multi_label"),
+        ('["a"]', "write them as a|b, and set --config.objective=multi_label"),
+    ],
+)
+def test_labels_that_list_several_are_warned_about(label, fix):
+    """pandas writes a column of lists to CSV as Python writes lists."""
+    (warning,) = label_warnings({label: 9, "a": 10})
+    assert warning.startswith(f"labels such as {label!r} are one class each: ")
+    assert warning.endswith(fix)
+    assert not label_warnings({"[spam]": 9, "[ham]": 10})
+
+
 def test_labels_like_measurements_or_ids_are_warned_about():
     measurements = {f"{i / 10}": 2 for i in range(51)}
     (warning,) = label_warnings(measurements)
