@@ -292,8 +292,18 @@ def test_dataset_saved_to_disk_is_read_with_its_splits(tmp_path):
 def test_invalid_rows_are_skipped_only_with_skip_invalid(tmp_path, caplog):
     content = csv_text() + ",ham\nno label,\nthree,fields,here\n \t,spam\n"
     (tmp_path / "rows.csv").write_text(content)
-    with pytest.raises(UserError, match=r"row 15 \(line 16\): 3 fields, but the header has 2"):
+    with pytest.raises(UserError) as error:
         load(tmp_path / "rows.csv")
+    assert str(error.value).endswith(
+        "row 15 (line 16): 3 fields, but the header has 2 "
+        "(3 more invalid rows; --config.skip_invalid=True skips such rows)"
+    )
+    (tmp_path / "one.csv").write_text(csv_text() + "alone\n")
+    with pytest.raises(UserError) as error:
+        load(tmp_path / "one.csv")
+    assert str(error.value).endswith(
+        ": 1 field, but the header has 2 (--config.skip_invalid=True skips such rows)"
+    )
     with caplog.at_level(logging.WARNING):
         dataset = load(tmp_path / "rows.csv", skip_invalid=True)
     assert sorted(dataset.train.texts + dataset.validation.texts) == sorted((t,) for t in TEXTS)

@@ -101,8 +101,11 @@ def _with_columns(config: Config, task: Task, path: Path) -> Task:
         with open_table(path, Columns((), task.label_column)) as table:
             names = table.names
             if not names:  # the first row may have an error that explains this
-                first = itertools.islice(table.records(Columns(())), 1)
-                _collect(first, Columns(()), repr(str(path)), skip_invalid=False)
+                for record in itertools.islice(table.records(Columns(())), 1):
+                    if record.error is not None:
+                        raise UserError(
+                            f"could not read {str(path)!r}: {_location(record)}: {record.error}"
+                        )
     texts = parse_names(config.text_columns, names) or task.text_columns
     return choose_columns(dataclasses.replace(task, text_columns=texts), names)
 
@@ -183,6 +186,11 @@ def _join(files: Sequence[SourceRows]) -> SourceRows:
     )
 
 
+def _location(record: Record) -> str:
+    """Returns, for example, "row 3 (line 4)"; formats without lines have only rows."""
+    return f"row {record.row}" + (f" (line {record.line})" if record.line else "")
+
+
 def _collect(
     records: Iterable[Record], columns: Columns, source: str, skip_invalid: bool
 ) -> list[tuple[str, ...]]:
@@ -191,27 +199,32 @@ def _collect(
     Raises UserError for invalid records unless `skip_invalid` is set.
     """
     rows: list[tuple[str, ...]] = []
-    invalid: list[tuple[str, str]] = []  # the row and line of each record, and what is wrong
+    invalid: list[tuple[str, str, bool]] = []  # location, what is wrong, whether a value is missing
     for record in records:
-        location = f"row {record.row}" + (f" (line {record.line})" if record.line else "")
         missing = missing_column(record.values, columns)
         if record.error is not None:
-            if not skip_invalid:
-                raise UserError(f"could not read {source}: {location}: {record.error}")
-            invalid.append((location, record.error))
+            invalid.append((_location(record), record.error, False))
         elif missing is not None:
-            invalid.append((location, f"column {missing!r} is empty"))
+            invalid.append((_location(record), f"column {missing!r} is empty", True))
         else:
             rows.append(tuple(value or "" for value in record.values))
     if invalid and not skip_invalid:
-        location, wrong = invalid[0]
-        more = f", and {len(invalid) - 1} more invalid rows" if len(invalid) > 1 else ""
+        # The first row that cannot be read, or else the first one with a missing value.
+        location, wrong, is_missing = min(invalid, key=lambda each: each[2])
+        others = len(invalid) - 1
+        if not is_missing:  # an error may say itself how to correct it
+            more = f"{others} more invalid rows; " if others else ""
+            raise UserError(
+                f"could not read {source}: {location}: {wrong} "
+                f"({more}--config.skip_invalid=True skips such rows)"
+            )
+        more = f", and {others} more invalid rows" if others else ""
         raise UserError(
             f"{wrong} in {location} of {source}{more}: fill it, remove "
             "such rows, or skip them with --config.skip_invalid=True"
         )
     if invalid:
-        listed = "; ".join(f"{location}: {wrong}" for location, wrong in invalid[:_LISTED])
+        listed = "; ".join(f"{location}: {wrong}" for location, wrong, _ in invalid[:_LISTED])
         log.warning("skipped %d invalid rows of %s: %s …", len(invalid), source, listed)
     return rows
 
