@@ -207,6 +207,11 @@ def test_train_command_prints_the_same_error_as_main(run_arguments, capsys):
         (["trian"], "unknown command 'trian': did you mean 'train'?"),
         (["simulate", "--run=absent"], "'absent' is not a finished run"),
         (["predict", "--modl=absent"], "unknown option '--modl': did you mean '--model'?"),
+        (["quantize", "--model=absent"], "unknown option '--model': choose one of '--run'"),
+        (["predict", "--model="], "--model is empty: set a value, or remove it"),
+        (["serve", "--model", ""], "--model is empty: set a value, or remove it"),
+        (["report", ""], "an argument is empty: set a value, or remove it"),
+        (["simulate", "--run="], "--run is empty: set a value, or remove it"),
         (["predict", "--model=absent"], "pass --input=FILE and --output=FILE, or --measure"),
     ],
 )
