@@ -22,6 +22,7 @@ import hashlib
 import itertools
 import json
 import os
+import stat
 import sys
 import time
 from collections.abc import Generator, Iterable, Iterator, Sequence
@@ -165,12 +166,21 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _input_files(name: str) -> list[Path]:
-    """Returns the files of --input. Raises UserError for one that does not exist or is no file."""
+    """Returns the files of --input.
+
+    Raises UserError for one that does not exist or is no file, and PermissionError for one in a
+    folder without permission.
+    """
     files = expand_files(name)
     for path in files:
-        if not os.path.isfile(path):  # not Path.is_file, which raises OSError for long names
-            what = "is not a file of texts" if os.path.exists(path) else "does not exist"
-            raise UserError(f"input {str(path)!r} {what}")
+        try:
+            is_file = stat.S_ISREG(os.stat(path).st_mode)
+        except PermissionError:  # the file may exist
+            raise
+        except OSError as error:  # also for a name that is too long
+            raise UserError(f"input {str(path)!r} does not exist") from error
+        if not is_file:
+            raise UserError(f"input {str(path)!r} is not a file of texts")
     return files
 
 

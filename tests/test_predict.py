@@ -2,7 +2,9 @@
 
 import contextlib
 import csv
+import errno
 import json
+import os
 import re
 
 import numpy as np
@@ -293,6 +295,22 @@ def test_output_that_is_the_input_or_a_folder_is_refused(sweet, tmp_path, capsys
     assert path.read_text() == content
     assert run_predict(sweet, f"--input={path}", f"--output={tmp_path}") == 2
     assert "is a folder" in capsys.readouterr().err
+
+
+def test_input_in_a_folder_without_permission_is_not_said_to_be_absent(
+    sweet, tmp_path, capsys, monkeypatch
+):
+    stat = os.stat
+
+    def refuse(path, *arguments, **options):
+        if str(path).endswith("in.csv"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return stat(path, *arguments, **options)
+
+    monkeypatch.setattr(os, "stat", refuse)
+    output = tmp_path / "out.jsonl"
+    assert run_predict(sweet, f"--input={tmp_path / 'in.csv'}", f"--output={output}") == 2
+    assert f"Permission denied, '{tmp_path / 'in.csv'}'" in capsys.readouterr().err
 
 
 def test_kept_integers_beyond_int64_are_written_as_text_in_parquet(sweet, tmp_path):

@@ -1,7 +1,10 @@
 """Tests of the reader of tables and texts for training and prediction: records and errors."""
 
+import bz2
 import csv
+import gzip
 import json
+import lzma
 import random
 import tracemalloc
 
@@ -201,6 +204,22 @@ def test_training_and_prediction_refuse_the_same_files(tmp_path, name, content, 
     with pytest.raises(UserError) as error:
         list(read_records(path, TEXT))
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "compress", "suffix"),
+    [
+        ("a.csv", gzip.compress, ".gz"),
+        ("a.tsv", bz2.compress, ".bz2"),
+        ("a.jsonl", lzma.compress, ".xz"),
+    ],
+)
+def test_compressed_file_without_its_suffix_is_said_to_be_compressed(
+    tmp_path, name, compress, suffix
+):
+    path = tmp_path / name
+    path.write_bytes(compress(b"text,label\na,b\n"))
+    assert refusal_message(path).endswith(f"compressed: rename it to {path.name + suffix!r}")
 
 
 def test_error_of_an_unknown_column_lists_few_names_and_cuts_long_ones(tmp_path):
