@@ -300,7 +300,7 @@ def test_unknown_task_is_refused(error_message):
         (
             "a,x\nb,y\n",
             "c,z\n",
-            "the validation file: label 'z' (1 row, the text 'c') is not among the training labels",
+            "validation.csv': label 'z' (1 row, the text 'c') is not among the training labels",
         ),
         ("a,x\n,y\n", "c,x\n", "the training file: column 'text' is empty in row 2 (line 3) of"),
         ("a,x\n,y\n,y\n", "c,x\n", "and 1 more invalid rows: fill it"),

@@ -112,6 +112,21 @@ def test_error_of_a_label_cuts_a_long_text_within_its_quotes(objective):
     assert "leave objective out" not in str(error.value)
 
 
+def test_error_of_a_label_names_its_row_and_file(tmp_path):
+    """The first file has a row less than its lines, which is skipped."""
+    for name, labels in (("a", ["1", "", "2", "3"]), ("b", ["4", "1,5"])):
+        lines = "".join(f'{name}{i},"{label}"\n' for i, label in enumerate(labels))
+        (tmp_path / f"{name}.csv").write_text(f"text,label\n{lines}")
+    files = f"{tmp_path / 'a.csv'}+{tmp_path / 'b.csv'}"
+    with pytest.raises(UserError) as error:
+        load(files, objective="regression", skip_invalid=True)
+    assert f"the data: row 2 of '{tmp_path / 'b.csv'}': label '1,5' (" in str(error.value)
+    (tmp_path / "b.csv").unlink()
+    (tmp_path / "a.csv").write_text("text,label\na,1\nb,\nc,x\n")
+    with pytest.raises(UserError, match=r"row 3 of '.*a\.csv': label 'x'"):
+        load(tmp_path / "a.csv", objective="regression", skip_invalid=True)
+
+
 def test_fixed_size_lists_are_labels_and_nan_in_a_list_is_refused(tmp_path):
     sets = [["a", "b"], ["b", "c"]] * 20
     fixed = pa.table({"text": TEXTS, "label": pa.array(sets, pa.list_(pa.string(), 2))})

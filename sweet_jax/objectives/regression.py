@@ -14,7 +14,7 @@ import numpy as np
 
 from sweet_jax.errors import UserError, short_repr
 from sweet_jax.objectives.label_checks import cut_label, is_number
-from sweet_jax.objectives.label_column import LabelColumn
+from sweet_jax.objectives.label_column import LabelColumn, LabelError
 from sweet_jax.objectives.linear_model import LinearModel, Solve
 from sweet_jax.objectives.objective import (
     Array,
@@ -86,8 +86,8 @@ def read_numbers(
 ) -> np.ndarray:
     """Returns labels as numbers, float32 [N].
 
-    Raises UserError for a label that is not a number or too large for float32, and for numbers that
-    differ by so little that float32 would round most of them together.
+    Raises LabelError for a label that is not a number or too large for float32, and UserError for
+    numbers that differ by so little that float32 would round most of them together.
     """
     numbers = np.asarray([float(text) if is_number(text) else np.nan for text in labels])
     with np.errstate(over="ignore"):
@@ -95,9 +95,10 @@ def read_numbers(
     if not np.isfinite(rounded).all():
         row = int(np.isfinite(rounded).argmin())
         what = "is too large for float32" if np.isfinite(numbers[row]) else "is not a finite number"
-        raise UserError(
+        raise LabelError(
             f"label {cut_label(labels[row])!r} (the text {short_repr(texts[row][0], 40)}) {what}, "
-            f"which objective=regression requires: {_cure(labels[row])}"
+            f"which objective=regression requires: {_cure(labels[row])}",
+            row,
         )
     low, high = numbers.min(), numbers.max()
     if low < high and abs(rounded - numbers).max() > _ROUNDED * numbers.std():

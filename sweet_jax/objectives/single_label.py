@@ -21,7 +21,7 @@ from sweet_jax.objectives.label_checks import (
     list_labels,
     without_fraction,
 )
-from sweet_jax.objectives.label_column import LabelColumn, ordered_names
+from sweet_jax.objectives.label_column import LabelColumn, LabelError, ordered_names
 from sweet_jax.objectives.linear_model import LinearModel, Solve
 from sweet_jax.objectives.objective import (
     Array,
@@ -94,7 +94,7 @@ def read_names(labels: Sequence[str], declared: tuple[str, ...], column: str) ->
 def read_classes(
     labels: Sequence[str], names: tuple[str, ...], texts: Sequence[tuple[str, ...]]
 ) -> np.ndarray:
-    """Returns the class index of each label, int32 [N]. Raises UserError for an unknown label."""
+    """Returns the class index of each label, int32 [N]. Raises LabelError for an unknown label."""
     index = {name: number for number, name in enumerate(names)}
     # 1 in one file and 1.0 in another are the same label, unless the names contain both.
     whole = {without_fraction(name): number for name, number in index.items()}
@@ -103,10 +103,11 @@ def read_classes(
     if -1 in indices:
         row = indices.index(-1)
         count = labels.count(labels[row])
-        raise UserError(
+        raise LabelError(
             f"label {cut_label(labels[row])!r} ({count} row{'s' * (count > 1)}, the text "
             f"{short_repr(texts[row][0], 40)}) is not among the training labels "
-            f"{list_labels(names)}: correct it, or add training rows with this label"
+            f"{list_labels(names)}: correct it, or add training rows with this label",
+            row,
         )
     return np.asarray(indices, np.int32)
 
