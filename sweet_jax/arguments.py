@@ -58,11 +58,19 @@ class ArgumentParser(argparse.ArgumentParser):
     def parse_args(  # type: ignore[override]
         self, args: Sequence[str] | None = None, namespace: Any = None
     ) -> Any:
-        """Parses arguments; reports an unknown option before a missing one."""
+        """Parses arguments; reports an unknown or empty option before a missing one."""
         known = [name for name in self._option_string_actions if name.startswith("--")]
+        known.remove("--help")  # which is no option that another name may have meant
+        previous = ""
         for argument in sys.argv[1:] if args is None else args:
-            if argument.startswith("--") and argument != "--":
-                check_choice("option", argument.partition("=")[0], known)
+            name, equals, value = argument.partition("=")
+            if name.startswith("--") and argument not in ("--", "--help"):
+                check_choice("option", name, known)
+                if equals and not value:
+                    raise _empty(name)
+            if not argument:
+                raise _empty(previous if previous.startswith("--") else "an argument")
+            previous = argument
         return super().parse_args(args, namespace)
 
     def error(self, message: str):
@@ -105,6 +113,11 @@ class ArgumentParser(argparse.ArgumentParser):
         for name, text in (_TARGETS | (_LATENCY if clock else {})).items():
             target.add_argument(f"--{name}", type=float, help=text)
         self.add_argument("--level", type=float, help=_LEVEL)
+
+
+def _empty(name: str) -> UserError:
+    """Returns the error of an empty value, as that of a shell variable that is not set."""
+    return UserError(f"{name} is empty: set a value, or remove it")
 
 
 class _Names(Container[str]):

@@ -1,7 +1,7 @@
 """User errors, which commands report in one line with exit status 2."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 class UserError(ValueError):
@@ -31,11 +31,15 @@ def one_line(error: BaseException) -> str:
 
 
 def short_repr(value: object, most: int = 200) -> str:
-    """Returns the repr of a value on one line, cut to some number of characters."""
+    """Returns the repr of a value on one line, cut to some number of characters.
+
+    That of a text keeps its closing quote.
+    """
     text = repr(value)
     if "\n" in text:  # as that of a table or an array has; a text's own blanks stay
         text = " ".join(text.split())
-    return text if len(text) <= most else f"{text[: most - 1]}…"
+    end = text[-1] if isinstance(value, str) else ""
+    return text if len(text) <= most else f"{text[: most - 1 - len(end)]}…{end}"
 
 
 def missing_package(error: ImportError) -> str:
@@ -51,6 +55,12 @@ def missing_package(error: ImportError) -> str:
 def join_numbers(numbers: Iterable[int]) -> str:
     """Returns numbers separated by commas, as in a config key: 1,4,6,12."""
     return ",".join(map(str, numbers))
+
+
+def list_names(names: Sequence[str]) -> str:
+    """Returns the first ten names for display, long ones cut, and the number of the others."""
+    listed = ", ".join(short_repr(name, 60) for name in names[:10])
+    return listed + (f" and {len(names) - 10} more" if len(names) > 10 else "")
 
 
 def check_choice(what: str, value: str, allowed: Iterable[str]) -> None:

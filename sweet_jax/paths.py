@@ -1,6 +1,7 @@
 """Names of files and directories, as users write them."""
 
 import importlib.util
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,9 +21,11 @@ def expand_user(name: str) -> Path:
 def resolve_path(name: str) -> Path:
     """Returns the path of a name; `pkg://package/path` is resolved without importing the package.
 
-    Raises UserError if the package is not installed, or if ~name names no user. The path itself
-    need not exist.
+    Raises UserError for a URL, if the package is not installed, or if ~name names no user. The path
+    itself need not exist.
     """
+    if re.match(r"(?!pkg:)\w{2,}://", name):
+        raise UserError(f"{name!r} is a URL, which is not read: download it, and pass the file")
     if not name.startswith("pkg://"):
         return expand_user(name)
     package, _, inside = name.removeprefix("pkg://").partition("/")

@@ -22,6 +22,7 @@ import hashlib
 import itertools
 import json
 import os
+import stat
 import sys
 import time
 from collections.abc import Generator, Iterable, Iterator, Sequence
@@ -34,7 +35,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 from tqdm import tqdm
 
 from sweet_jax.arguments import ArgumentParser, parse_targets, policy_help, run_command
-from sweet_jax.data.column_names import parse_names
+from sweet_jax.data.column_names import columns_for_model, parse_names
 from sweet_jax.data.file_lists import expand_files
 from sweet_jax.data.records import check_files, column_names, last_position, read_records
 from sweet_jax.data.tables import Columns, Record, missing_column
@@ -168,30 +169,34 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _input_files(name: str) -> list[Path]:
-    """Returns the files of --input. Raises UserError for one that does not exist or is no file."""
+    """Returns the files of --input.
+
+    Raises UserError for one that does not exist or is no file, and PermissionError for one in a
+    folder without permission.
+    """
     files = expand_files(name)
     for path in files:
-        if not os.path.isfile(path):  # not Path.is_file, which raises OSError for long names
-            what = "is not a file of texts" if os.path.exists(path) else "does not exist"
-            raise UserError(f"input {str(path)!r} {what}")
+        try:
+            is_file = stat.S_ISREG(os.stat(path).st_mode)
+        except PermissionError:  # the file may exist
+            raise
+        except OSError as error:  # also for a name that is too long
+            raise UserError(f"input {str(path)!r} does not exist") from error
+        if not is_file:
+            raise UserError(f"input {str(path)!r} is not a file of texts")
     return files
 
 
 def _columns(options: argparse.Namespace, classifier: AdaptiveClassifier, source: Path) -> Columns:
     """Returns the columns to read.
 
-    Raises UserError for a wrong number of text columns, or if two columns to keep have the same key
-    in the output.
+    Raises UserError as `columns_for_model` does, or if two columns to keep have the same key in the
+    output.
     """
     asked = [text for text in (options.text_columns, options.keep) if text]
     listed = [text for text in asked if "," in text]  # a list, or one name that contains a comma
     present = [name for text in listed for name in column_names(source, text)]
-    texts = parse_names(options.text_columns or "", present) or tuple(classifier.text_columns)
-    if len(texts) != len(classifier.text_columns):
-        raise UserError(
-            f"this model takes {len(classifier.text_columns)} text column(s), such as "
-            f"{','.join(classifier.text_columns)}; got {','.join(texts)}"
-        )
+    texts = columns_for_model(options.text_columns, present, classifier.text_columns)
     kept = parse_names(options.keep or "", present)
     for name in kept:
         key = _output_key(name)

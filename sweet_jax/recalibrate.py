@@ -26,7 +26,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 import numpy as np
 
 from sweet_jax.arguments import ArgumentParser, run_command
-from sweet_jax.data.column_names import parse_names
+from sweet_jax.data.column_names import columns_for_model
 from sweet_jax.data.file_lists import expand_files
 from sweet_jax.data.records import column_names, read_records
 from sweet_jax.data.tables import Columns, missing_column
@@ -41,6 +41,7 @@ from sweet_jax.inference.engine import load_engine
 from sweet_jax.inference.engine_choice import default_engine
 from sweet_jax.inference.onnx_files import PROGRAMS
 from sweet_jax.inference.recalibration import (
+    bound_warning,
     change_lines,
     describe_changes,
     fit_by_agreement,
@@ -90,6 +91,8 @@ def _run(options: argparse.Namespace) -> None:
     _write_copy(model.folder, output, files)
     for line in change_lines(changes):
         print(line)
+    if warning := bound_warning(changes):
+        print(warning, file=sys.stderr)
     print(f"written to {output}")
 
 
@@ -113,13 +116,13 @@ def read_labelled(
 ) -> tuple[list[Any], np.ndarray]:
     """Returns the texts and the targets of the labeled rows; targets that are classes: int32 [N].
 
-    Raises UserError for a row without text or label, a label that the model does not know, or too
-    few rows.
+    Raises UserError as `columns_for_model` does, and for a row without text or label, a label that
+    the model does not know, too few rows, or rows that all have the same label.
     """
     files = expand_files(options.labelled)
     present = column_names(files[0], options.text) if "," in (options.text or "") else ()
     column = model.objective.column
-    names = parse_names(options.text or "", present) or model.text_columns
+    names = columns_for_model(options.text, present, model.text_columns)
     columns = Columns(names, options.label, several_labels=column.several)
     texts: list[Any] = []
     labels: list[str] = []
@@ -147,7 +150,13 @@ def read_labelled(
             f"{options.labelled!r} has {len(texts)} labeled rows, but reliable thresholds need at "
             f"least {_FEW}: label more"
         )
-    return texts, column.read(labels, model.classes, [(str(text),) for text in texts])
+    targets = column.read(labels, model.classes, [(str(text),) for text in texts])
+    if (targets == targets[0]).all():
+        raise UserError(
+            f"all rows of {options.labelled!r} have the label {cut_label(labels[0])!r} (column "
+            f"{options.label!r}): reliable thresholds need rows of different labels"
+        )
+    return texts, targets
 
 
 def _write_copy(folder: Path, output: Path, files: Mapping[str, Any]) -> None:

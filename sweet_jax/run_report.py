@@ -40,8 +40,13 @@ def render_report(run: Path, target: Mapping[str, float], *, picture: bool = Fal
     config, digest = read_saved_config(run, any_version=True)
     try:
         results = read_json(run / "results.json")
-    except (OSError, ValueError) as error:
+    except OSError as error:
         raise UserError(f"{str(run)!r} is not a finished run: {error}") from error
+    except ValueError as error:
+        raise UserError(
+            f"{str(run / 'results.json')!r} is damaged ({error}): restore it, or train again in "
+            "another directory"
+        ) from error
     details = _read_details(run, config, digest, target)
     trained = {model.name: model.exits for model in model_specs(config)}
     page = run / "report.html"

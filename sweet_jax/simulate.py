@@ -90,7 +90,9 @@ def _write_page(path: Path, runs: Sequence[tuple[str, Analysis]]) -> None:
         check_replaceable(path)
         write_comparison(path, runs)
     except OSError as error:
-        raise UserError(f"--output {str(path)!r}: {error.strerror}") from error
+        raise UserError(
+            f"--output {str(path)!r} cannot be written ({error.strerror}): choose another file"
+        ) from error
     print(f"curves: {path}")
     (first, own), *others = runs
     for name, analysis in others:

@@ -10,7 +10,8 @@ import sys
 import time
 from collections.abc import Collection, Iterator
 
-RESUMES = "the same command resumes from the last checkpoint"  # for a training run
+# For a training run, which may have stopped before its first checkpoint.
+RESUMES = "the same command resumes from the last checkpoint, if there is one"
 
 # Errors of writing to a disk that is full, read-only or broken.
 _STORAGE_ERRORS = frozenset(

@@ -207,6 +207,11 @@ def test_train_command_prints_the_same_error_as_main(run_arguments, capsys):
         (["trian"], "unknown command 'trian': did you mean 'train'?"),
         (["simulate", "--run=absent"], "'absent' is not a finished run"),
         (["predict", "--modl=absent"], "unknown option '--modl': did you mean '--model'?"),
+        (["quantize", "--model=absent"], "unknown option '--model': choose one of '--run'"),
+        (["predict", "--model="], "--model is empty: set a value, or remove it"),
+        (["serve", "--model", ""], "--model is empty: set a value, or remove it"),
+        (["report", ""], "an argument is empty: set a value, or remove it"),
+        (["simulate", "--run="], "--run is empty: set a value, or remove it"),
         (["predict", "--model=absent"], "pass --input=FILE and --output=FILE, or --measure"),
     ],
 )
@@ -222,6 +227,22 @@ def test_interrupt_during_imports_is_reported_in_one_line(capsys, monkeypatch):
     monkeypatch.setattr(cli, "import_module", interrupt)
     assert cli.main(["report", "runs/a"]) == 1
     assert capsys.readouterr().err == "interrupted\n"
+
+
+@pytest.mark.parametrize("error", ["KeyboardInterrupt", "ImportError from KeyboardInterrupt()"])
+def test_interrupt_while_the_command_starts_is_reported_in_one_line(error):
+    """Before `run_command` is imported; libraries in C raise errors of their own during imports."""
+    program = (
+        "import sys\n"
+        "class Interrupting:\n"
+        "    def find_spec(self, name, *_):\n"
+        f"        if name == 'numpy': raise {error}\n"
+        "sys.meta_path.insert(0, Interrupting())\n"
+        "from sweet_jax.cli import main\n"
+        "sys.exit(main(['version']))"
+    )
+    process = run_process(sys.executable, "-c", program)
+    assert (process.returncode, process.stdout, process.stderr) == (1, "", "interrupted\n")
 
 
 def test_process_exits_with_status_2_and_one_line(run_arguments, tmp_path):
@@ -279,7 +300,7 @@ def test_unknown_task_is_refused(error_message):
         (
             "a,x\nb,y\n",
             "c,z\n",
-            "the validation file: label 'z' (1 row, the text 'c') is not among the training labels",
+            "validation.csv': label 'z' (1 row, the text 'c') is not among the training labels",
         ),
         ("a,x\n,y\n", "c,x\n", "the training file: column 'text' is empty in row 2 (line 3) of"),
         ("a,x\n,y\n,y\n", "c,x\n", "and 1 more invalid rows: fill it"),

@@ -284,7 +284,7 @@ def test_text_that_is_not_utf_8_is_refused(tmp_path):
         lines = [f"text,{label}" for label in LABELS] * rows
         content = "\n".join(["text,label", *lines, "caf\xe9,1", ""])
         (tmp_path / "rows.csv").write_bytes(content.encode("latin-1"))
-        assert load_error(tmp_path / "rows.csv").endswith("; save it as UTF-8")
+        assert "; save it as UTF-8 (" in load_error(tmp_path / "rows.csv")
 
 
 def test_unclosed_quote_is_reported_and_later_rows_are_read(tmp_path):

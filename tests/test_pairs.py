@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import jax
@@ -14,7 +15,7 @@ from test_export import load_runner
 from test_pooling import declare
 from tiny import WORDS, write_checkpoint
 
-from sweet_jax import AdaptiveClassifier, export
+from sweet_jax import AdaptiveClassifier, cli, export
 from sweet_jax.config import Config
 from sweet_jax.data.batches import encode_pairs
 from sweet_jax.errors import UserError
@@ -272,3 +273,25 @@ def test_auto_pooling_depends_on_text_count_and_checkpoint(config):
         UserError, match=r"pooling='aligned_pair' .* but a row has one, 'first': set"
     ):
         prepare(dataclasses.replace(single, pooling="aligned_pair"))
+
+
+@pytest.mark.parametrize(
+    ("command", "options"),
+    [
+        (
+            "predict",
+            ["--input={file}", "--output={folder}/out.jsonl", "--text_columns=first,first"],
+        ),
+        ("recalibrate", ["--labelled={file}", "--output={folder}/again", "--text=first,first"]),
+    ],
+)
+def test_pair_of_one_column_with_itself_is_refused(
+    sweet, pair_file, tmp_path, capsys, command, options
+):
+    model = shutil.copytree(sweet.classifier.model.folder, tmp_path / "model")
+    saved = json.loads((model / "exits.json").read_text())
+    (model / "exits.json").write_text(json.dumps(saved | {"text_columns": ["first", "second"]}))
+    options = [option.format(file=pair_file, folder=tmp_path) for option in options]
+    assert cli.main([command, f"--model={model}", *options]) == 2
+    assert "first,first are the same column twice" in capsys.readouterr().err
+    assert {path.name for path in tmp_path.iterdir()} == {"model"}

@@ -2,7 +2,9 @@
 
 import contextlib
 import csv
+import errno
 import json
+import os
 import re
 
 import numpy as np
@@ -199,6 +201,21 @@ def test_interrupted_output_is_resumed_only_with_its_own_target_and_input(
     assert "input" not in json.loads((tmp_path / ".out.jsonl.identity.json").read_text())
 
 
+@pytest.mark.parametrize("content", [b"", b'{"model": ', b"[]", b"5", b"\xff"])
+def test_damaged_identity_is_reported_in_one_line_and_can_be_removed(
+    predict_rows, tmp_path, capsys, content
+):
+    rows = text_lines(["word1", "word2"])
+    _, complete = predict_rows("in.jsonl", rows, "--threshold=0.8")
+    identity = tmp_path / ".out.jsonl.identity.json"
+    identity.write_bytes(content)
+    capsys.readouterr()
+    assert predict_rows("in.jsonl", rows, "--threshold=0.8") == (2, complete)
+    assert capsys.readouterr().err == f"error: '{identity}' is damaged: remove it\n"
+    identity.unlink()
+    assert predict_rows("in.jsonl", rows, "--threshold=0.8") == (0, complete)
+
+
 def run_predict(sweet, *arguments: str) -> int:
     """Runs the command with the arguments, at threshold 0.8; returns its exit status."""
     model = f"--model={sweet.classifier.model.folder}"
@@ -266,14 +283,34 @@ def test_predictions_can_be_written_to_stdout_and_dev_null(sweet, tmp_path, capf
     assert "2 rows" in capfd.readouterr().err
 
 
-def test_output_that_is_the_input_or_a_folder_is_refused(sweet, tmp_path, capsys):
-    (tmp_path / "in.txt").write_text("word1\n")
-    path = tmp_path / "in.txt"
+@pytest.mark.parametrize("name", ["in.txt", "in.jsonl", "in.csv", "in.tsv"])
+def test_output_that_is_the_input_or_a_folder_is_refused(sweet, tmp_path, capsys, name):
+    """Not with the advice to remove an output that exists: that would remove the input."""
+    content = text_lines(["word1"]) if name == "in.jsonl" else "text\nword1\n"
+    path = tmp_path / name
+    path.write_text(content)
     assert run_predict(sweet, f"--input={path}", f"--output={path}") == 2
-    assert "--output and --input are the same file" in capsys.readouterr().err
-    assert path.read_text() == "word1\n"
+    error = capsys.readouterr().err
+    assert error == "error: --output and --input are the same file: choose another --output\n"
+    assert path.read_text() == content
     assert run_predict(sweet, f"--input={path}", f"--output={tmp_path}") == 2
     assert "is a folder" in capsys.readouterr().err
+
+
+def test_input_in_a_folder_without_permission_is_not_said_to_be_absent(
+    sweet, tmp_path, capsys, monkeypatch
+):
+    stat = os.stat
+
+    def refuse(path, *arguments, **options):
+        if str(path).endswith("in.csv"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return stat(path, *arguments, **options)
+
+    monkeypatch.setattr(os, "stat", refuse)
+    output = tmp_path / "out.jsonl"
+    assert run_predict(sweet, f"--input={tmp_path / 'in.csv'}", f"--output={output}") == 2
+    assert f"Permission denied, '{tmp_path / 'in.csv'}'" in capsys.readouterr().err
 
 
 def test_kept_integers_beyond_int64_are_written_as_text_in_parquet(sweet, tmp_path):

@@ -37,12 +37,7 @@ def shifted(sweet):
 def labelled_file(sweet, shifted, tmp_path):
     """A CSV of the validation texts with the labels of `shifted`."""
     labels, names = shifted.labels[0], sweet.classifier.classes
-    with (tmp_path / "new.csv").open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["text", "label"])
-        writer.writerows(
-            (text, names[label]) for text, label in zip(sweet.texts, labels, strict=True)
-        )
+    write_labelled(tmp_path / "new.csv", sweet.texts, [names[label] for label in labels])
     return tmp_path / "new.csv"
 
 
@@ -80,6 +75,29 @@ def test_recalibration_on_labels_writes_a_copy_with_new_thresholds(
     changes = json.loads((folder / "recalibration.json").read_text())
     assert (changes["by"], changes["rows"]) == ("labels", len(sweet.texts))
     assert f"on these rows accuracy {changes['operating_points'][0]['now']['metric']:.4f}" in stdout
+
+
+def write_labelled(path, texts, labels) -> None:
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["text", "label"])
+        writer.writerows(zip(texts, labels, strict=True))
+
+
+def test_recalibration_on_inverted_labels_warns_of_temperatures_at_their_bound(
+    sweet, labelled_file, tmp_path, capsys
+):
+    """No temperature makes probabilities fit labels that the model contradicts."""
+    assert recalibrate(sweet, f"--labelled={labelled_file}", f"--output={tmp_path / 'right'}") == 0
+    assert "warning" not in capsys.readouterr().err
+    names, predicted = sweet.classifier.classes, sweet.outputs.predictions[0, -1]  # [N]
+    path, folder = tmp_path / "inverted.csv", tmp_path / "again"
+    write_labelled(path, sweet.texts, [names[1 - label] for label in predicted])
+    assert recalibrate(sweet, f"--labelled={path}", f"--output={folder}") == 0
+    error = capsys.readouterr().err
+    assert "warning: temperatures reached the bound of their range, " in error
+    assert "100 at layer 4 (accuracy 0.0000)" in error
+    assert json.loads((folder / "exits.json").read_text())["temperatures"][-1] == 100
 
 
 def test_recalibrated_copy_leaves_out_exported_programs(tmp_path, capsys):
@@ -199,6 +217,7 @@ def test_empty_audit_log_is_refused(sweet, tmp_path, capsys):
         ("text,label\nword1,\n", "row 1 of"),
         ("text,label\n ,{label}\n", "column 'text' is empty"),
         ("text,label\n" + "word1,{label}\n" * 5, "has 5 labeled rows, but reliable"),
+        ("text,label\n" + "word1,{label}\n" * 40, "need rows of different labels"),
         ("words,label\nword1,x\n", "unknown column 'text'"),
     ],
 )

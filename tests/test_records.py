@@ -1,7 +1,10 @@
 """Tests of the reader of tables and texts for training and prediction: records and errors."""
 
+import bz2
 import csv
+import gzip
 import json
+import lzma
 import random
 import tracemalloc
 
@@ -32,13 +35,14 @@ def labels_of(path) -> list:
     return [r.values[-1] for r in read_records(path, Columns(("text",), "label"))]
 
 
-def load_training_data(path):
-    return load_dataset(Config(task="own", data_files=f"{path},{path}", text_columns="text"))
+def load_training_data(path, text_columns: str = "text"):
+    files = f"{path},{path}"
+    return load_dataset(Config(task="own", data_files=files, text_columns=text_columns))
 
 
-def refusal_message(path) -> str:
+def refusal_message(path, text_columns: str = "text") -> str:
     with pytest.raises(UserError) as error:
-        load_training_data(path)
+        load_training_data(path, text_columns)
     assert "\n" not in str(error.value)
     return str(error.value)
 
@@ -200,6 +204,38 @@ def test_training_and_prediction_refuse_the_same_files(tmp_path, name, content, 
     with pytest.raises(UserError) as error:
         list(read_records(path, TEXT))
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "compress", "suffix"),
+    [
+        ("a.csv", gzip.compress, ".gz"),
+        ("a.tsv", bz2.compress, ".bz2"),
+        ("a.jsonl", lzma.compress, ".xz"),
+    ],
+)
+def test_compressed_file_without_its_suffix_is_said_to_be_compressed(
+    tmp_path, name, compress, suffix
+):
+    path = tmp_path / name
+    path.write_bytes(compress(b"text,label\na,b\n"))
+    assert refusal_message(path).endswith(f"compressed: rename it to {path.name + suffix!r}")
+
+
+def test_error_of_an_unknown_column_lists_few_names_and_cuts_long_ones(tmp_path):
+    """A file without a header begins with a text, which is taken for the name of a column."""
+    names = [f"c{number}" for number in range(2000)]
+    many = write(tmp_path / "many.csv", ",".join(names) + "\n")
+    listed = ", ".join(map(repr, names[:10]))
+    message = f"unknown column 'text': choose one of {listed} and 1990 more"
+    assert refusal_message(many).endswith(message)
+    columns = refusal_message(many, text_columns="")
+    assert columns.endswith(f"the columns are {listed} and 1990 more")
+    long = write(tmp_path / "long.csv", "word " * 60_000 + ",ham\n")
+    message = f"unknown column 'text': choose one of '{'word ' * 11}wo…', 'ham'"
+    assert refusal_message(long).endswith(message)
+    none = write(tmp_path / "none.jsonl", "{}\n")
+    assert refusal_message(none).endswith("unknown column 'text': there are no columns")
 
 
 def test_txt_files_are_read_for_prediction_but_refused_for_training(tmp_path):

@@ -202,6 +202,15 @@ def test_simulate_refuses_invalid_arguments_in_one_line(runs, arguments, message
     assert completed.stderr.count("\n") == 1
 
 
+def test_page_that_cannot_be_written_is_refused_with_a_fix(runs, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    page = tmp_path / "file" / "x.html"
+    assert simulate_command([*(f"--run={run}" for run in runs), f"--output={page}"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: --output '{page}' cannot be written (")
+    assert error.endswith("): choose another file\n")
+
+
 def test_simulate_is_refused_without_calibration_outputs(runs, tmp_path):
     folder = tmp_path / "run" / "exit_outputs"
     folder.mkdir(parents=True)

@@ -22,6 +22,7 @@ from sweet_jax.errors import UserError
 from sweet_jax.exits.policies import exit_confidences
 from sweet_jax.inference import run_exported
 from sweet_jax.inference.all_exits import compute_all_exits
+from sweet_jax.objectives import OBJECTIVES
 from sweet_jax.objectives.multi_label import describe_labels
 from sweet_jax.objectives.regression import quantile_strata
 from sweet_jax.preparation import prepare
@@ -73,6 +74,11 @@ def test_multi_label_rows_are_read_from_lists_or_bar_separated_text(suffix, tmp_
         (["1_000", "2"] * 20, {"objective": "regression"}, "label '1_000' .* is not a finite"),
         (["١٢", "2"] * 20, {"objective": "regression"}, "label '١٢' .* is not a finite number"),
         (["1", "nan"] * 20, {"objective": "regression"}, "label 'nan' .* is not a finite number"),
+        (
+            ["1,5", "2"] * 20,
+            {"objective": "regression"},
+            "label '1,5' .*: write numbers with a decimal point and no other separator",
+        ),
         (["1e39", "2"] * 20, {"objective": "regression"}, "label '1e39' .* too large for float32"),
         (
             [str(1_700_000_000 + i) for i in range(40)],
@@ -95,6 +101,30 @@ def test_invalid_targets_are_refused(labels, changes, message, tmp_path):
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(UserError, match=message):
         load(tmp_path / "rows.jsonl", **changes)
+
+
+@pytest.mark.parametrize("objective", ["single_label", "multi_label", "regression"])
+def test_error_of_a_label_cuts_a_long_text_within_its_quotes(objective):
+    """The message is also that of `recalibrate`, which has no objective to leave out."""
+    with pytest.raises(UserError) as error:
+        OBJECTIVES[objective].column.read(["x"], ("a",), [("word " * 20,)])
+    assert f"the text '{'word ' * 7}wo…')" in str(error.value)
+    assert "leave objective out" not in str(error.value)
+
+
+def test_error_of_a_label_names_its_row_and_file(tmp_path):
+    """The first file has a row less than its lines, which is skipped."""
+    for name, labels in (("a", ["1", "", "2", "3"]), ("b", ["4", "1,5"])):
+        lines = "".join(f'{name}{i},"{label}"\n' for i, label in enumerate(labels))
+        (tmp_path / f"{name}.csv").write_text(f"text,label\n{lines}")
+    files = f"{tmp_path / 'a.csv'}+{tmp_path / 'b.csv'}"
+    with pytest.raises(UserError) as error:
+        load(files, objective="regression", skip_invalid=True)
+    assert f"the data: row 2 of '{tmp_path / 'b.csv'}': label '1,5' (" in str(error.value)
+    (tmp_path / "b.csv").unlink()
+    (tmp_path / "a.csv").write_text("text,label\na,1\nb,\nc,x\n")
+    with pytest.raises(UserError, match=r"row 3 of '.*a\.csv': label 'x'"):
+        load(tmp_path / "a.csv", objective="regression", skip_invalid=True)
 
 
 def test_fixed_size_lists_are_labels_and_nan_in_a_list_is_refused(tmp_path):

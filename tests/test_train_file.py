@@ -3,6 +3,7 @@
 import html
 import json
 import logging
+import os
 import platform
 import re
 import shlex
@@ -152,6 +153,13 @@ def test_report_warns_when_data_file_is_not_found(trained_run, tmp_path, monkeyp
     assert "'absent.csv' does not exist; run this in the folder where the run was" in stderr
 
 
+def test_report_names_a_damaged_file_of_results(trained_run, tmp_path, capsys):
+    workdir = shutil.copytree(trained_run[0], tmp_path / "run")
+    os.truncate(workdir / "results.json", 100)
+    assert cli.main(["report", str(workdir)]) == 2
+    assert f"'{workdir / 'results.json'}' is damaged (" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -249,6 +257,8 @@ def test_cost_budget_is_at_most_the_cost_of_all_exits():
         (["a.csv", "b.csv"], "unknown argument 'b.csv'"),
         (["--text=a"], "--text applies only to a run on a file: sweet-jax train FILE --text="),
         (["nowhere.csv"], "'nowhere.csv' does not exist"),
+        (["https://a.org/b.csv"], "'https://a.org/b.csv' is a URL, which is not read: download it"),
+        (["a.csv", "--test=s3://b/c.csv"], "'s3://b/c.csv' is a URL, which is not read"),
         (
             ["my,data.csv", "--test=v.csv"],
             "'my,data.csv' contains a comma, which separates the files",

@@ -292,8 +292,18 @@ def test_dataset_saved_to_disk_is_read_with_its_splits(tmp_path):
 def test_invalid_rows_are_skipped_only_with_skip_invalid(tmp_path, caplog):
     content = csv_text() + ",ham\nno label,\nthree,fields,here\n \t,spam\n"
     (tmp_path / "rows.csv").write_text(content)
-    with pytest.raises(UserError, match=r"row 15 \(line 16\): 3 fields, but the header has 2"):
+    with pytest.raises(UserError) as error:
         load(tmp_path / "rows.csv")
+    assert str(error.value).endswith(
+        "row 15 (line 16): 3 fields, but the header has 2 "
+        "(3 more invalid rows; --config.skip_invalid=True skips such rows)"
+    )
+    (tmp_path / "one.csv").write_text(csv_text() + "alone\n")
+    with pytest.raises(UserError) as error:
+        load(tmp_path / "one.csv")
+    assert str(error.value).endswith(
+        ": 1 field, but the header has 2 (--config.skip_invalid=True skips such rows)"
+    )
     with caplog.at_level(logging.WARNING):
         dataset = load(tmp_path / "rows.csv", skip_invalid=True)
     assert sorted(dataset.train.texts + dataset.validation.texts) == sorted((t,) for t in TEXTS)
@@ -378,6 +388,22 @@ def test_similar_labels_are_warned_about(names):
 
 def test_large_numeric_labels_are_not_similar():
     assert not label_warnings({str(2**63): 5, str(2**63 + 1): 5})
+
+
+@pytest.mark.parametrize(
+    ("label", "fix"),
+    [
+        ("a|b", "set --config.objective=multi_label"),
+        ("['a', 'b']", "write them as a|b, and set --config.objective=multi_label"),
+        ('["a"]', "write them as a|b, and set --config.objective=multi_label"),
+    ],
+)
+def test_labels_that_list_several_are_warned_about(label, fix):
+    """pandas writes a column of lists to CSV as Python writes lists."""
+    (warning,) = label_warnings({label: 9, "a": 10})
+    assert warning.startswith(f"labels such as {label!r} are one class each: ")
+    assert warning.endswith(fix)
+    assert not label_warnings({"[spam]": 9, "[ham]": 10})
 
 
 def test_labels_like_measurements_or_ids_are_warned_about():

@@ -1,13 +1,13 @@
-"""The `sweet-jax` command, whose subcommands can also be run with `python -m`."""
+"""The `sweet-jax` command, whose subcommands can also be run with `python -m`.
+
+Imports are in functions, so that `main` also reports an interruption during them in one line.
+"""
 
 import sys
 from collections.abc import Sequence
 from importlib import import_module
 
 from sweet_jax import __version__
-from sweet_jax.arguments import run_command
-from sweet_jax.errors import UserError, check_choice, missing_package
-from sweet_jax.standard_output import print_text
 
 # Subcommand → (module with its main, its description).
 COMMANDS = {
@@ -28,11 +28,23 @@ COMMANDS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a subcommand; returns its exit status, which is 2 if there is no such subcommand."""
+    try:
+        from sweet_jax.arguments import run_command  # imports NumPy, which takes half a second
+    except (Exception, KeyboardInterrupt) as error:
+        from sweet_jax.storage_errors import causes
+
+        if not any(isinstance(each, KeyboardInterrupt) for each in causes(error)):
+            raise
+        print("interrupted", file=sys.stderr)  # as `run_command` does from then on
+        return 1
     name, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
     return run_command(lambda: _run(name, rest))
 
 
 def _run(name: str, rest: Sequence[str]) -> int:
+    from sweet_jax.errors import UserError, check_choice, missing_package
+    from sweet_jax.standard_output import print_text
+
     if name in ("-h", "--help"):
         print_text(_help())
         return 0

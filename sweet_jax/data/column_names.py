@@ -6,7 +6,7 @@ import io
 from collections.abc import Sequence
 
 from sweet_jax.data.tasks import Task
-from sweet_jax.errors import UserError
+from sweet_jax.errors import UserError, list_names
 
 # Column names that published data sets use for their texts, and for the two texts of a pair.
 _TEXTS = ("text", "sentence", "content", "review", "comment", "utterance", "message", "document")
@@ -29,6 +29,34 @@ def parse_names(text: str, present: Sequence[str] = ()) -> tuple[str, ...]:
         return (text.strip(),) if text.strip() else ()
     rows = csv.reader(io.StringIO(text, newline=""), skipinitialspace=True)  # may have many lines
     return tuple(name.strip() for fields in rows for name in fields if name.strip())
+
+
+def columns_for_model(
+    text: str | None, present: Sequence[str], trained: Sequence[str]
+) -> tuple[str, ...]:
+    """Returns the text columns of a file that a saved model reads.
+
+    Args:
+      text: list of their names, as in `parse_names`; None or "" for the names in training.
+      present: names of the file's columns, as in `parse_names`.
+      trained: names of the one or two text columns that the model was trained on.
+
+    Raises:
+      UserError: for another number of columns than the model's, or the same column twice.
+
+    """
+    names = parse_names(text or "", present) or tuple(trained)
+    if len(names) != len(trained):
+        raise UserError(
+            f"this model takes {len(trained)} text column(s), such as {','.join(trained)}; got "
+            f"{','.join(names)}"
+        )
+    if len(set(names)) < len(names):
+        raise UserError(
+            f"the text columns {','.join(names)} are the same column twice, so that each text "
+            "would be compared with itself: name the two different columns of the pair"
+        )
+    return names
 
 
 def choose_columns(task: Task, present: Sequence[str], class_columns: Sequence[str] = ()) -> Task:
@@ -57,7 +85,7 @@ def choose_columns(task: Task, present: Sequence[str], class_columns: Sequence[s
             raise UserError(
                 "set --config.text_columns (--text of sweet-jax train FILE) to the column of the "
                 "text, or the two columns of a pair: the columns are "
-                f"{', '.join(map(repr, present)) or 'unknown'}"
+                f"{list_names(present) or 'unknown'}"
             )
     if len(texts) > 2 or len(set(texts)) < len(texts):
         raise UserError(

@@ -168,7 +168,8 @@ def read_rows(file: Iterable[str], delimiter: str) -> Iterator[CsvRow]:
             if len(lines.taken) > 1:
                 lines.put_back()
                 rows = csv.reader(lines, delimiter=delimiter)
-            yield CsvRow([], f"{len(fields)} fields, but the header has {width}", start)
+            found = f"{len(fields)} field" + "s" * (len(fields) != 1)
+            yield CsvRow([], f"{found}, but the header has {width}", start)
         else:
             width = len(fields)
             yield CsvRow(fields, None, start)

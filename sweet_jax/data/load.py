@@ -17,6 +17,7 @@ from sweet_jax.data.splits import Split, split_off_validation
 from sweet_jax.data.tasks import GLUE, Task
 from sweet_jax.errors import UserError, check_choice
 from sweet_jax.objectives import OBJECTIVES, Objective
+from sweet_jax.objectives.label_column import LabelError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +70,11 @@ def load_dataset(config: Config) -> Dataset:
     splits = []
     for rows, title in zip(sources, titles, strict=True):
         with naming_source(title):
-            splits.append(Split(rows.texts, column.read(rows.labels, names, rows.texts)))
+            try:
+                targets = column.read(rows.labels, names, rows.texts)
+            except LabelError as error:
+                raise UserError(f"{rows.place(error.row)}: {error}") from error
+            splits.append(Split(rows.texts, targets))
     if len(splits) == 1:
         strata, fraction = column.strata(splits[0].labels), config.validation_fraction
         splits = split_off_validation(splits[0], strata, fraction, config.split_seed)

@@ -1,5 +1,6 @@
 """Labeled rows from a user's files, from a directory of GLUE files, or from a data set."""
 
+import array
 import contextlib
 import dataclasses
 import itertools
@@ -37,6 +38,15 @@ class SourceRows:
     texts: list[tuple[str, ...]]
     labels: list[str]
     declared: tuple[str, ...]  # declared class names of the labels 0, 1, ...; () if there are none
+    places: tuple[tuple[str, Sequence[int]], ...]  # name of each file, numbers of its rows
+
+    def place(self, index: int) -> str:
+        """Returns where a row is, for example "row 3 of 'rows.csv'"."""
+        for name, numbers in self.places:
+            if index < len(numbers):
+                return f"row {numbers[index]} of {name}"
+            index -= len(numbers)
+        raise IndexError(index)
 
 
 def read_sources(config: Config, task: Task) -> tuple[Task, list[SourceRows]]:
@@ -85,7 +95,7 @@ def read_unlabeled(config: Config, task: Task) -> list[tuple[str, ...]]:
         for path in expand_files(config.unlabeled_files):
             with open_table(path, columns) as table:
                 records = table.records(columns)
-                texts += _collect(records, columns, repr(str(path)), config.skip_invalid)
+                texts += _collect(records, columns, repr(str(path)), config.skip_invalid)[0]
     return texts
 
 
@@ -101,8 +111,11 @@ def _with_columns(config: Config, task: Task, path: Path) -> Task:
         with open_table(path, Columns((), task.label_column)) as table:
             names = table.names
             if not names:  # the first row may have an error that explains this
-                first = itertools.islice(table.records(Columns(())), 1)
-                _collect(first, Columns(()), repr(str(path)), skip_invalid=False)
+                for record in itertools.islice(table.records(Columns(())), 1):
+                    if record.error is not None:
+                        raise UserError(
+                            f"could not read {str(path)!r}: {_location(record)}: {record.error}"
+                        )
     texts = parse_names(config.text_columns, names) or task.text_columns
     return choose_columns(dataclasses.replace(task, text_columns=texts), names)
 
@@ -111,9 +124,9 @@ def _read_file(path: Path, task: Task, skip_invalid: bool) -> SourceRows:
     columns = label_columns(task)
     with open_table(path, columns) as table:
         records = table.records(columns)
-        rows = _collect(records, columns, repr(str(path)), skip_invalid)
+        rows, numbers = _collect(records, columns, repr(str(path)), skip_invalid)
         declared = () if table.schema is None else _declared(table.schema, task.label_column)
-    return _with_labels(rows, declared, columns.several_labels)
+    return _with_labels(rows, declared, columns.several_labels, (repr(str(path)), numbers))
 
 
 def _from_data_set(config: Config, task: Task) -> tuple[Task, list[SourceRows]]:
@@ -126,9 +139,10 @@ def _from_data_set(config: Config, task: Task) -> tuple[Task, list[SourceRows]]:
 def _read_split(split: DataSplit, columns: Columns, skip_invalid: bool) -> SourceRows:
     check_schema(split.schema, columns)
     records = read_labels(arrow_records(split.batches(), columns), columns)
-    rows = _collect(records, columns, split.title, skip_invalid)
+    rows, numbers = _collect(records, columns, split.title, skip_invalid)
     assert columns.label is not None
-    return _with_labels(rows, _declared(split.schema, columns.label), columns.several_labels)
+    declared = _declared(split.schema, columns.label)
+    return _with_labels(rows, declared, columns.several_labels, (split.title, numbers))
 
 
 def _declared(schema: pa.Schema, name: str) -> tuple[str, ...]:
@@ -150,7 +164,10 @@ def label_columns(task: Task) -> Columns:
 
 
 def _with_labels(
-    rows: list[tuple[str, ...]], declared: tuple[str, ...], several: bool
+    rows: list[tuple[str, ...]],
+    declared: tuple[str, ...],
+    several: bool,
+    place: tuple[str, Sequence[int]],
 ) -> SourceRows:
     labels = [row[-1] for row in rows]
     if declared:
@@ -162,7 +179,7 @@ def _with_labels(
             return numbers.get(label, label)
 
         labels = [named(label) for label in labels]
-    return SourceRows([row[:-1] for row in rows], labels, declared)
+    return SourceRows([row[:-1] for row in rows], labels, declared, (place,))
 
 
 def _join(files: Sequence[SourceRows]) -> SourceRows:
@@ -180,40 +197,53 @@ def _join(files: Sequence[SourceRows]) -> SourceRows:
         [text for file in files for text in file.texts],
         labels,
         declared.pop() if len(declared) == 1 else (),
+        tuple(place for file in files for place in file.places),
     )
+
+
+def _location(record: Record) -> str:
+    """Returns, for example, "row 3 (line 4)"; formats without lines have only rows."""
+    return f"row {record.row}" + (f" (line {record.line})" if record.line else "")
 
 
 def _collect(
     records: Iterable[Record], columns: Columns, source: str, skip_invalid: bool
-) -> list[tuple[str, ...]]:
-    """Returns the values of the valid records, those without an error or a missing value.
+) -> tuple[list[tuple[str, ...]], array.array]:
+    """Returns the values and row numbers of the records without an error or a missing value.
 
     Raises UserError for invalid records unless `skip_invalid` is set.
     """
     rows: list[tuple[str, ...]] = []
-    invalid: list[tuple[str, str]] = []  # the row and line of each record, and what is wrong
+    numbers = array.array("q")
+    invalid: list[tuple[str, str, bool]] = []  # location, what is wrong, whether a value is missing
     for record in records:
-        location = f"row {record.row}" + (f" (line {record.line})" if record.line else "")
         missing = missing_column(record.values, columns)
         if record.error is not None:
-            if not skip_invalid:
-                raise UserError(f"could not read {source}: {location}: {record.error}")
-            invalid.append((location, record.error))
+            invalid.append((_location(record), record.error, False))
         elif missing is not None:
-            invalid.append((location, f"column {missing!r} is empty"))
+            invalid.append((_location(record), f"column {missing!r} is empty", True))
         else:
             rows.append(tuple(value or "" for value in record.values))
+            numbers.append(record.row)
     if invalid and not skip_invalid:
-        location, wrong = invalid[0]
-        more = f", and {len(invalid) - 1} more invalid rows" if len(invalid) > 1 else ""
+        # The first row that cannot be read, or else the first one with a missing value.
+        location, wrong, is_missing = min(invalid, key=lambda each: each[2])
+        others = len(invalid) - 1
+        if not is_missing:  # an error may say itself how to correct it
+            more = f"{others} more invalid rows; " if others else ""
+            raise UserError(
+                f"could not read {source}: {location}: {wrong} "
+                f"({more}--config.skip_invalid=True skips such rows)"
+            )
+        more = f", and {others} more invalid rows" if others else ""
         raise UserError(
             f"{wrong} in {location} of {source}{more}: fill it, remove "
             "such rows, or skip them with --config.skip_invalid=True"
         )
     if invalid:
-        listed = "; ".join(f"{location}: {wrong}" for location, wrong in invalid[:_LISTED])
+        listed = "; ".join(f"{location}: {wrong}" for location, wrong, _ in invalid[:_LISTED])
         log.warning("skipped %d invalid rows of %s: %s …", len(invalid), source, listed)
-    return rows
+    return rows, numbers
 
 
 @contextlib.contextmanager

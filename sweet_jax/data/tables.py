@@ -1,16 +1,15 @@
 """Tables: the columns of an opened file, and the records of the selected columns."""
 
 import dataclasses
+import difflib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from sweet_jax.errors import UserError, check_choice
+from sweet_jax.errors import UserError, list_names
 
 if TYPE_CHECKING:  # this module is also used without PyArrow
     import pyarrow as pa
-
-_LISTED = 10  # names of columns in a message
 
 
 class ColumnError(UserError):
@@ -80,10 +79,10 @@ def find_column(name: str, present: Sequence[str]) -> int:
     """
     if name not in present:
         name, present = name.strip(), [column.strip() for column in present]
-    try:
-        check_choice("column", name, present)
-    except UserError as error:
-        raise ColumnError(*error.args) from None
+    if name not in present:
+        near = difflib.get_close_matches(name, present, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"choose one of {list_names(present)}"
+        raise ColumnError(f"unknown column {name!r}: {hint if present else 'there are no columns'}")
     if present.count(name) > 1:
         raise ColumnError(f"column {name!r} occurs more than once: rename all but one")
     return present.index(name)
@@ -95,11 +94,9 @@ def find_model_column(name: str, present: Sequence[str]) -> int:
     Raises ColumnError as `find_column` does.
     """
     if name.strip() not in [column.strip() for column in present]:
-        more = len(present) - _LISTED
-        listed = ", ".join(map(repr, present[:_LISTED])) + (f" and {more} more" if more > 0 else "")
         raise ColumnError(
             f"the table has no column {name!r}, which the model was trained on (it has "
-            f"{listed or 'none'}): rename the column of texts, or pass its values"
+            f"{list_names(present) or 'none'}): rename the column of texts, or pass its values"
         )
     return find_column(name, present)
 

@@ -22,6 +22,8 @@ _BYTE_ORDER_MARKS = {
     b"\xff\xfe": "utf-16",
     b"\xfe\xff": "utf-16",
 }
+# The first bytes of compressed files; a bzip2 file's are those of its default level.
+_COMPRESSED = {b"\x1f\x8b\x08": ".gz", b"BZh91AY": ".bz2", b"\xfd7zXZ": ".xz"}
 
 
 class TextFile(NamedTuple):
@@ -45,13 +47,17 @@ def open_text(path: Path) -> Iterator[TextFile]:
     """Opens a text file.
 
     Raises OSError, EOFError or UnicodeError, also while the file is read. A null character near the
-    start raises UnicodeError, since it indicates UTF-16 without a byte order mark.
+    start raises UnicodeError, since it indicates UTF-16 without a byte order mark, and so do the
+    first bytes of a compressed file without the suffix of one.
     """
     with contextlib.ExitStack() as stack:
         raw = stack.enter_context(path.open("rb"))
         opened = _OPENERS.get(path.suffix.lower())
         stream = io.BufferedReader(opened(raw)) if opened else raw
-        start = stream.peek(4)[:4]
+        beginning = stream.peek(8)
+        if suffix := next((_COMPRESSED[s] for s in _COMPRESSED if beginning.startswith(s)), ""):
+            raise UnicodeError(f"it is compressed: rename it to {path.name + suffix!r}")
+        start = beginning[:4]
         marks = (name for mark, name in _BYTE_ORDER_MARKS.items() if start.startswith(mark))
         encoding = next(marks, "utf-8-sig")
         if encoding == "utf-8-sig" and b"\0" in start:

@@ -89,6 +89,9 @@ class OutputFile:
         Raises UserError if the file cannot be written, is one of the input files `sources`, or is
         in use by another process, if a table already exists, or for a format that is not written.
         """
+        written = [path for path in {self.path, self._rows} if os.path.exists(path)]
+        if any(os.path.samefile(path, source) for path in written for source in sources):
+            raise UserError("--output and --input are the same file: choose another --output")
         if not self.streams and self._has_other_format():
             raise UserError(
                 f"--output {str(self.path)!r} has a format that predictions are not written in: "
@@ -98,8 +101,6 @@ class OutputFile:
             raise UserError(
                 f"--output {str(self.path)!r} exists: choose another file, or remove it"
             )
-        if any(os.path.exists(self._rows) and os.path.samefile(self._rows, s) for s in sources):
-            raise UserError("--output and --input are the same file: choose another --output")
         try:
             self._rows.parent.mkdir(parents=True, exist_ok=True)
             with contextlib.suppress(FileNotFoundError):
@@ -139,7 +140,7 @@ class OutputFile:
         Yields:
           Whether the identity of the existing rows is known.
 
-        Raises UserError if they have another identity.
+        Raises UserError if they have another identity, or if the file with it is damaged.
 
         """
         if self.streams:
@@ -151,7 +152,7 @@ class OutputFile:
         if begins:
             write_json(self._note, ours)
         elif has_identity:
-            theirs = read_json(self._note)
+            theirs = _read_identity(self._note)
             if "input" not in theirs:
                 del ours["input"]
             differing = [k for k in {**ours, **theirs} if theirs.get(k) != ours.get(k)]
@@ -240,6 +241,18 @@ class OutputFile:
             with atomic_write(self.path) as aside:
                 self._convert(self._rows, aside)
             self._rows.unlink()
+
+
+def _read_identity(path: Path) -> dict[str, Any]:
+    """Reads a recorded identity. Raises UserError if the file is damaged."""
+    try:
+        identity = read_json(path)
+    except ValueError:
+        identity = None
+    if not isinstance(identity, dict):
+        # Without it, the last rows of the output are compared.
+        raise UserError(f"{str(path)!r} is damaged: remove it")
+    return identity
 
 
 def _equal(old: Any, new: Any) -> bool:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from sweet_jax.errors import UserError
-from sweet_jax.exits.calibration import Calibrator, fit_calibrators
+from sweet_jax.exits.calibration import TEMPERATURE_RANGE, Calibrator, fit_calibrators
 from sweet_jax.exits.metrics import compute_metric
 from sweet_jax.exits.operating_point import OperatingPoint, deployable_policies, make_resolver
 from sweet_jax.exits.outputs import ExitOutputs, RunIdentity
@@ -236,3 +236,30 @@ def change_lines(changes: Mapping[str, Any]) -> Iterator[str]:
                 else f"threshold {values['threshold']:.4f}, on these rows {metric} "
                 f"{values['metric']:.4f} at cost {values['cost']:.3f}"
             )
+
+
+def bound_warning(changes: Mapping[str, Any]) -> str | None:
+    """Returns a warning about temperatures that reached a bound, see TEMPERATURE_RANGE, or None.
+
+    changes: result of `describe_changes`.
+    """
+    reached = [
+        exit
+        for exit in changes["exits"]
+        if (now := exit["temperature"][1]) is not None
+        and np.isclose(now, TEMPERATURE_RANGE, rtol=1e-3).any()  # not exact if it is minimized
+    ]
+    if not reached:
+        return None
+    each = ", ".join(
+        f"{exit['temperature'][1]:g} at layer {exit['layer']} ({changes['metric']} "
+        f"{exit['metric']:.4f})"
+        for exit in reached
+    )
+    cure = "labels are right and mean what they do in training"
+    if changes["by"] == "agreement":
+        cure = "texts are like those that the model was trained on"
+    return (
+        f"warning: temperatures reached the bound of their range, {each}: the model's "
+        f"probabilities do not fit these rows; check that their {cure}"
+    )

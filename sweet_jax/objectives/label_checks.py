@@ -1,4 +1,4 @@
-"""Checks for labels that are probably unintended: look-alikes, measurements and ids."""
+"""Checks for labels that are probably unintended: look-alikes, measurements, ids and lists."""
 
 import collections
 import decimal
@@ -53,7 +53,7 @@ def describe_classes(counts: Mapping[str, int]) -> str:
 
 
 def label_warnings(counts: Mapping[str, int]) -> list[str]:
-    """Returns warnings about labels that look alike, like measurements, or like ids.
+    """Returns warnings about labels that look alike, or like measurements, ids or lists.
 
     Args:
       counts: number of rows of each label.
@@ -84,11 +84,12 @@ def label_warnings(counts: Mapping[str, int]) -> list[str]:
             f"{rows} rows have {len(counts)} different labels, such as "
             f"{cut_label(next(iter(counts)))!r}: check that the label column is not an id or a text"
         )
-    barred = next((name for name in counts if "|" in name), None)
-    if barred is not None:
+    listing = next((name for name in counts if "|" in name or is_written_list(name)), None)
+    if listing is not None:
+        as_bars = "" if "|" in listing else "write them as a|b, and "
         warnings.append(
-            f"labels such as {cut_label(barred)!r} are one class each: if they list several labels "
-            "of a row, set --config.objective=multi_label"
+            f"labels such as {cut_label(listing)!r} are one class each: if they list several "
+            f"labels of a row, {as_bars}set --config.objective=multi_label"
         )
     return warnings
 

@@ -9,7 +9,22 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from sweet_jax.errors import UserError
+
 SEPARATOR = "|"  # between the labels of a row with several labels
+
+
+class LabelError(UserError):
+    """Raised for the label of a row that is not valid.
+
+    Attributes:
+      row: index of the row.
+
+    """
+
+    def __init__(self, message: str, row: int) -> None:
+        super().__init__(message)
+        self.row = row
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,7 +36,7 @@ class LabelColumn:
         returns the names of the outputs [C]. Raises UserError if the column holds no labels of
         this objective.
       read: function of (labels, names, texts of the rows) that returns the targets [N, ...] used
-        for training. Raises UserError for an invalid label.
+        for training. Raises LabelError for an invalid label.
       check: function of (training targets, validation targets, names, name of the column). Raises
         UserError if a model cannot be trained or evaluated on these targets.
       strata: function of the targets that returns the stratum of each row, int [N] from 0, for

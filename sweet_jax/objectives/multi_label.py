@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from sweet_jax.errors import UserError
+from sweet_jax.errors import UserError, short_repr
 from sweet_jax.objectives.decision_thresholds import best_f1_shifts
 from sweet_jax.objectives.label_checks import (
     cut_label,
@@ -17,7 +17,7 @@ from sweet_jax.objectives.label_checks import (
     label_warnings,
     list_labels,
 )
-from sweet_jax.objectives.label_column import LabelColumn, ordered_names, split_labels
+from sweet_jax.objectives.label_column import LabelColumn, LabelError, ordered_names, split_labels
 from sweet_jax.objectives.label_metrics import (
     MACRO_F1,
     MICRO_F1,
@@ -100,22 +100,25 @@ def read_label_sets(
 ) -> np.ndarray:
     """Returns which labels each row has, bool [N, C].
 
-    Raises UserError for an unknown label, and for a list that is written as text in one field.
+    Raises LabelError for an unknown label, and for a list that is written as text in one field.
     """
     index = {name: number for number, name in enumerate(names)}
     targets = np.zeros((len(labels), len(names)), bool)
     for row, text in enumerate(labels):
         for name in split_labels(text):
             if is_written_list(name):
-                raise UserError(
-                    f"label {cut_label(name)!r} (the text {texts[row][0]!r:.40}) is a list that is "
-                    "written as text: write it as a|b, or save the rows as JSONL or Parquet"
+                raise LabelError(
+                    f"label {cut_label(name)!r} (the text {short_repr(texts[row][0], 40)}) is a "
+                    "list that is written as text: write it as a|b, or save the rows as JSONL or "
+                    "Parquet",
+                    row,
                 )
             if name not in index:
-                raise UserError(
-                    f"label {cut_label(name)!r} (the text {texts[row][0]!r:.40}) is not among the "
-                    f"training labels {list_labels(names)}: correct it, or add training rows with "
-                    "this label"
+                raise LabelError(
+                    f"label {cut_label(name)!r} (the text {short_repr(texts[row][0], 40)}) is not "
+                    f"among the training labels {list_labels(names)}: correct it, or add training "
+                    "rows with this label",
+                    row,
                 )
             targets[row, index[name]] = True
     return targets

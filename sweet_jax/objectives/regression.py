@@ -6,14 +6,15 @@ Shape letters: N rows (B in a batch), H features.
 """
 
 import math
+import re
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from sweet_jax.errors import UserError
+from sweet_jax.errors import UserError, short_repr
 from sweet_jax.objectives.label_checks import cut_label, is_number
-from sweet_jax.objectives.label_column import LabelColumn
+from sweet_jax.objectives.label_column import LabelColumn, LabelError
 from sweet_jax.objectives.linear_model import LinearModel, Solve
 from sweet_jax.objectives.objective import (
     Array,
@@ -85,8 +86,8 @@ def read_numbers(
 ) -> np.ndarray:
     """Returns labels as numbers, float32 [N].
 
-    Raises UserError for a label that is not a number or too large for float32, and for numbers that
-    differ by so little that float32 would round most of them together.
+    Raises LabelError for a label that is not a number or too large for float32, and UserError for
+    numbers that differ by so little that float32 would round most of them together.
     """
     numbers = np.asarray([float(text) if is_number(text) else np.nan for text in labels])
     with np.errstate(over="ignore"):
@@ -94,9 +95,10 @@ def read_numbers(
     if not np.isfinite(rounded).all():
         row = int(np.isfinite(rounded).argmin())
         what = "is too large for float32" if np.isfinite(numbers[row]) else "is not a finite number"
-        raise UserError(
-            f"label {cut_label(labels[row])!r} (the text {texts[row][0]!r:.40}) {what}, which "
-            "objective=regression requires: correct it, or leave objective out"
+        raise LabelError(
+            f"label {cut_label(labels[row])!r} (the text {short_repr(texts[row][0], 40)}) {what}, "
+            f"which objective=regression requires: {_cure(labels[row])}",
+            row,
         )
     low, high = numbers.min(), numbers.max()
     if low < high and abs(rounded - numbers).max() > _ROUNDED * numbers.std():
@@ -105,6 +107,13 @@ def read_numbers(
             f"would round them: subtract {low:.16g} from each"
         )
     return rounded
+
+
+def _cure(label: str) -> str:
+    """Returns what to do about a label that is not a number."""
+    if "," in label and is_number(re.sub("[., ]", "", label)):
+        return "write numbers with a decimal point and no other separator, such as 1234.5"
+    return "correct it (classes need a model that is trained with another objective)"
 
 
 def check_numbers(

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sweet_jax.errors import UserError
+from sweet_jax.errors import UserError, short_repr
 from sweet_jax.objectives.class_metrics import BALANCED_ACCURACY, F1, MACRO_F1, MATTHEWS
 from sweet_jax.objectives.label_checks import (
     check_label_column,
@@ -21,7 +21,7 @@ from sweet_jax.objectives.label_checks import (
     list_labels,
     without_fraction,
 )
-from sweet_jax.objectives.label_column import LabelColumn, ordered_names
+from sweet_jax.objectives.label_column import LabelColumn, LabelError, ordered_names
 from sweet_jax.objectives.linear_model import LinearModel, Solve
 from sweet_jax.objectives.objective import (
     Array,
@@ -73,7 +73,7 @@ def read_labels(labels: Any, classes: int) -> np.ndarray:
     if values.dtype.kind not in "biuf":  # text, or objects that may be integers
         for label in values.ravel().tolist():
             if not isinstance(label, numbers.Integral):
-                raise ValueError(f"labels must be indices of classes; got {label!r:.60}")
+                raise ValueError(f"labels must be indices of classes; got {short_repr(label, 60)}")
     if values.dtype.kind == "f" and not (np.isfinite(values) & (values == np.trunc(values))).all():
         raise ValueError("labels must be integers: the indices of their classes")
     labels = np.asarray(labels, np.int64)
@@ -94,7 +94,7 @@ def read_names(labels: Sequence[str], declared: tuple[str, ...], column: str) ->
 def read_classes(
     labels: Sequence[str], names: tuple[str, ...], texts: Sequence[tuple[str, ...]]
 ) -> np.ndarray:
-    """Returns the class index of each label, int32 [N]. Raises UserError for an unknown label."""
+    """Returns the class index of each label, int32 [N]. Raises LabelError for an unknown label."""
     index = {name: number for number, name in enumerate(names)}
     # 1 in one file and 1.0 in another are the same label, unless the names contain both.
     whole = {without_fraction(name): number for name, number in index.items()}
@@ -103,10 +103,11 @@ def read_classes(
     if -1 in indices:
         row = indices.index(-1)
         count = labels.count(labels[row])
-        raise UserError(
+        raise LabelError(
             f"label {cut_label(labels[row])!r} ({count} row{'s' * (count > 1)}, the text "
-            f"{texts[row][0]!r:.40}) is not among the training labels "
-            f"{list_labels(names)}: correct it, or add training rows with this label"
+            f"{short_repr(texts[row][0], 40)}) is not among the training labels "
+            f"{list_labels(names)}: correct it, or add training rows with this label",
+            row,
         )
     return np.asarray(indices, np.int32)
 
