@@ -246,7 +246,8 @@ def test_cost_budget_is_at_most_the_cost_of_all_exits():
         (["a.csv", "--budget=0"], "got '0'"),
         (["a.csv", "--budget=5"], "at most 1: for milliseconds write --budget=5ms"),
         (["a.csv", "--workdir=a", "--output=b"], "--output and --workdir set the same directory"),
-        (["a.csv", "b.csv"], "unknown argument 'b.csv'"),
+        (["a.csv", "b.csv"], "unknown argument 'b.csv': write --config.KEY=VALUE"),
+        (["a.csv", "--buget=5ms"], "argument '--buget=5ms': did you mean '--budget'?"),
         (["--text=a"], "--text applies only to a run on a file: sweet-jax train FILE --text="),
         (["nowhere.csv"], "'nowhere.csv' does not exist"),
         (
