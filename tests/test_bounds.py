@@ -349,6 +349,7 @@ def test_invalid_targets_are_refused_and_infeasible_ones_name_the_best():
     for target, message in (
         ({"cost": "0.5"}, "cost must be a number; got '0.5'"),
         ({"accuracy": 1.2}, "accuracy must be from 0 to 1; got 1.2"),
+        ({"cost": 5}, "cost=5 is set, but .* the full model's layers, which is at most 1: "),
         ({"cost": 0.5, "risk": 0.1}, "set one target, not 2: cost, risk"),
         ({"level": 0.9}, "level applies to certified targets: also set risk or agreement"),
         (

@@ -228,6 +228,26 @@ def test_page_and_resolver_certify_the_same_thresholds(report, analysis, browser
     assert "infeasible: the best certified is risk 0." in request_target(browser, "risk", 0.001)
 
 
+def test_page_and_simulate_command_refuse_a_cost_above_that_of_all_layers(
+    report, analysis, browser, tmp_path, capsys
+):
+    save_replica(analysis, analysis.best, tmp_path)
+    assert simulate_command([f"--run={tmp_path}", "--cost=5"]) == 2
+    said = "cost is a share of the full model's layers, which is at most 1"
+    assert f"error: cost=5 is set, but {said}: set that or less\n" == capsys.readouterr().err
+    browser.get((report[0] / "report.html").as_uri())
+    assert request_target(browser, "cost", 5) == said
+    assert request_target(browser, "cost", 1).startswith("threshold ")
+    outputs = [
+        dataclasses.replace(getattr(analysis, split), cost=np.asarray([0.25, 0.75, 1.75]))
+        for split in ("calibration", "validation")
+    ]  # as for Multi-Model
+    several = analyse(*outputs)
+    assert several.operating_point(0, {"cost": 1.75}).threshold is not None
+    with pytest.raises(UserError, match="which is at most 1.75: set that or less"):
+        several.operating_point(0, {"cost": 1.8})
+
+
 def test_page_and_simulate_command_bound_the_error_of_a_regression_alike(browser, tmp_path, capsys):
     analysis = regression_analysis()
     save_replica(analysis, analysis.best, tmp_path)

@@ -29,6 +29,7 @@ from sweet_jax.exits.targets import DEFAULT_LEVEL, TargetTable, check_targets
 from sweet_jax.objectives import OBJECTIVES
 
 _ROUNDING = 1e-12  # tolerance for costs and metrics
+_PRINTED = 1e-5  # tolerance for a cost that was copied from a message
 # Under PCEE an accuracy is the threshold itself, so that tables list these values.
 _ACCURACIES = np.round(np.arange(200, -1, -1) / 200, 3)
 
@@ -61,6 +62,7 @@ class ThresholdResolver:
       compared: number of models among which these rows chose.
       objective, metric: names of the objective and metric; `as_dict` omits them for single-label
         classification.
+      largest_cost: cost of the last exit: 1, or more for Multi-Model; not in `as_dict`.
 
     """
 
@@ -72,6 +74,7 @@ class ThresholdResolver:
     compared: int = 1
     objective: str = "single_label"
     metric: str = ""
+    largest_cost: float = np.inf
 
     def threshold(
         self, policy: str, *, clock: np.ndarray | None = None, **targets: float | None
@@ -138,6 +141,11 @@ class ThresholdResolver:
             raise UserError(
                 f"this model was not calibrated for the policy {policy!r}: set policy to one of "
                 f"{', '.join(self.fronts)}"
+            )
+        if values.get("cost", 0) > self.largest_cost + _PRINTED:
+            raise UserError(
+                f"cost={values['cost']:g} is set, but cost is a share of the full model's layers, "
+                f"which is at most {self.largest_cost:g}: set that or less"
             )
         level = values.pop("level", DEFAULT_LEVEL)
         name, value = next(iter(values.items()), ("", self.full))
@@ -266,7 +274,9 @@ class ThresholdResolver:
         )
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "ThresholdResolver":
+    def from_dict(
+        cls, values: Mapping[str, Any], largest_cost: float = np.inf
+    ) -> "ThresholdResolver":
         """Restores a resolver from the result of `as_dict`."""
         certificates = values["certificates"] or {"fitted": None, "trials": {}}
         half = certificates["fitted"]
@@ -282,4 +292,5 @@ class ThresholdResolver:
             int(values["compared"]),
             values.get("objective", "single_label"),
             values.get("metric", ""),
+            largest_cost,
         )

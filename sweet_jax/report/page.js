@@ -29,6 +29,11 @@ function showTarget() {
     output.textContent = "infeasible: this policy cannot be certified";
     return;
   }
+  const most = data.exits[replica].at(-1).cost;
+  if (name === "cost" && target > most + 1e-5) {  // as in resolver.py
+    output.textContent = `cost is a share of the full model's layers, which is at most ${Number(most.toFixed(5))}`;
+    return;
+  }
   const row = lookUp(table, target);
   if (row < 0) {
     if (!table.value.length) {
