@@ -142,11 +142,11 @@ def _describe(
         if "error" in targets:
             name, asked, reachable = "error", targets["error"], -reachable
         line = (
-            f"infeasible: the best reachable is {name} {reachable:.4f} on the calibration rows "
-            f"(requested: {asked:g})"
+            f"{name} {asked:g} cannot be met: the best on the calibration rows is {name} "
+            f"{reachable:.4f}"
         )
         if math.isnan(reachable):
-            return line
+            return "no threshold has a metric on the calibration rows"
         closest = _closest_point(analysis, replica, point, targets)
         return f"{line}, at {_describe_point(analysis, replica, closest)}"
     line = _describe_point(analysis, replica, point)
@@ -243,8 +243,8 @@ def _describe_certificate(
     )
     if not feasible:
         return (
-            f"infeasible: the best certified is {tested.kind} {point.reachable:.4f} with "
-            f"{sure} ({seen}); requested: {targets[tested.kind]:g}; at {threshold}: {reached}"
+            f"{tested.kind} {targets[tested.kind]:g} cannot be certified: the best is "
+            f"{tested.kind} {point.reachable:.4f} with {sure} ({seen}); at {threshold}: {reached}"
         )
     return f"{threshold}: at most {tested.bound:.4f} {what}, with {sure} ({seen}); {reached}"
 

@@ -415,7 +415,7 @@ def test_finished_output_of_another_target_or_input_is_not_overwritten(
         ("in.csv", "text\na\n", ["--accuracy=1.2"], "--accuracy must be from 0 to 1; got 1.2"),
         ("in.csv", "text\na\n", ["--level=0.9"], "also set --risk or --agreement"),
         ("in.csv", "text\na\n", ["--policy=sure"], "unknown policy 'sure'"),
-        ("in.csv", "text\na\n", ["--cost=0.1"], "infeasible: the best reachable"),
+        ("in.csv", "text\na\n", ["--cost=0.1"], "cost=0.1 cannot be met: the best on"),
         ("in.csv", "text\na\n", ["--batch_size=0"], "batch_size must be at least 1; got 0"),
         ("in.csv", "text\na\n", ["--dtype=int4"], "does not support precision 'int4': choose"),
         ("in.csv", "text\na\n", ["--model=nowhere/model"], "neither a local directory nor"),

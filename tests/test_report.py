@@ -189,9 +189,9 @@ def test_page_and_simulate_command_choose_the_same_threshold(
             command = [f"--run={tmp_path / 'run'}", f"--policy={policy}", f"--{target}={value}"]
             assert simulate_command(command) == 0
             printed = capsys.readouterr().out
-            if printed.startswith("infeasible"):
-                (reachable,) = re.findall(r"reachable is (\S+ \S+) on the", printed)
-                assert shown == f"infeasible: the best reachable on calibration rows is {reachable}"
+            if "cannot be met" in printed:
+                (said,) = re.findall(r"cannot be met: .* rows is \S+ [.\d]+", printed)
+                assert shown == said
                 continue
             expected = re.findall(r"^threshold (\S+): .*; cost (\S+), accuracy (\S+) on", printed)
             actual = re.findall(r"^threshold (\S+); .*: cost (\S+), accuracy (\S+); ", shown)
@@ -204,7 +204,7 @@ def test_page_and_simulate_command_choose_the_same_threshold(
     assert feasible > 30
     set_value(browser, "policy", "entropy")
     assert request_target(browser, "cost", 0.1) == (
-        "infeasible: the best reachable on calibration rows is cost 0.2500"
+        "cannot be met: the best on the calibration rows is cost 0.2500"
     )
     assert severe_errors(browser) == []
 
@@ -225,7 +225,7 @@ def test_page_and_resolver_certify_the_same_thresholds(report, analysis, browser
             )
             assert f"certified with 95% confidence: {target} {point.reachable:.4f} at" in shown
             assert "cost {:.4f}, accuracy {:.4f}".format(*point.validation) in shown
-    assert "infeasible: the best certified is risk 0." in request_target(browser, "risk", 0.001)
+    assert "cannot be certified: the best is risk 0." in request_target(browser, "risk", 0.001)
 
 
 def test_page_and_simulate_command_refuse_a_cost_above_that_of_all_layers(
@@ -244,7 +244,7 @@ def test_page_and_simulate_command_refuse_a_cost_above_that_of_all_layers(
     ]  # as for Multi-Model
     several = analyse(*outputs)
     assert several.operating_point(0, {"cost": 1.75}).threshold is not None
-    with pytest.raises(UserError, match="which is at most 1.75: set that or less"):
+    with pytest.raises(UserError, match=r"which is at most 1\.75: set that or less"):
         several.operating_point(0, {"cost": 1.8})
 
 
@@ -267,7 +267,7 @@ def test_page_and_simulate_command_bound_the_error_of_a_regression_alike(browser
     legend = [key.text for key in browser.find_elements("css selector", "#curve .legend button")]
     assert "stable oracle" not in legend  # a regression has none
     assert "floor: exits at random" in legend
-    assert "infeasible: the best reachable on calibration rows is error " in (
+    assert "cannot be met: the best on the calibration rows is error " in (
         request_target(browser, "error", 0.001)
     )
 
@@ -276,7 +276,7 @@ def test_page_shows_certified_thresholds_oracles_and_the_seed_band(report, brows
     browser.get((report[0] / "report.html").as_uri())
     text = browser.find_element("tag name", "body").text
     assert "Certified thresholds" in text
-    assert "infeasible: the best certified is" in text  # 1% of 100 rows
+    assert "cannot be certified: the best is" in text  # 1% of 100 rows
     assert "right at the last exit, wrong earlier" in text
     points = {trace["name"]: len(trace["x"]) for trace in traces(browser, "curve")}
     assert points["stable oracle"] == 4  # three exits, and on to the full cost
@@ -540,7 +540,7 @@ def test_diverged_regression_has_null_scores_and_complete_files(diverged, tmp_pa
         if not is_diverged[0, 2]:
             assert np.isfinite(resolver.threshold("stability", clock=clock, **target)[0])
             continue
-        with pytest.raises(UserError, match="infeasible: the training of this model diverged"):
+        with pytest.raises(UserError, match=r"^the training of this model diverged"):
             resolver.threshold("stability", clock=clock, **target)
 
 
@@ -645,7 +645,7 @@ def test_page_of_a_diverged_regression_runs_without_errors(tmp_path, browser):
     browser.get((tmp_path / "report.html").as_uri())
     assert browser.find_element("id", "at-score").text == "\N{EN DASH}"
     result = request_target(browser, "cost", 0.5)
-    assert result == "infeasible: the training of this replica diverged"
+    assert result == "cannot be met: the training of this replica diverged"
     assert browser.get_log("browser") == []
 
 

@@ -228,7 +228,7 @@ def test_address_taken_while_model_loads_is_reported(classifier, monkeypatch, ca
         ({"texts": ["a"], "cost": "x"}, 400, "cost must be a number"),
         ({"texts": ["a"], "threshold": 1e300}, 400, "absolute value below 1,000,000; got 1e+300"),
         (b'{"texts": ["a"], "cost": NaN}', 400, "cost must be a number"),
-        ({"texts": ["a"], "cost": 0.01}, 400, "infeasible"),
+        ({"texts": ["a"], "cost": 0.01}, 400, "cost=0.01 cannot be met: the best on the"),
         ({"texts": ["a"], "level": 0.9}, 400, "also set risk or agreement"),
         (b'{"texts": ["\\ud800"]}', 400, "has an unpaired surrogate"),
         ({"texts": ["a"], "accuracy": 1.2}, 400, "accuracy must be from 0 to 1"),

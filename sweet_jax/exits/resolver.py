@@ -82,30 +82,31 @@ class ThresholdResolver:
         """Returns the threshold for a target, and the calibrator that the policy reads at it.
 
         Raises UserError as `resolve` does, and also if the target cannot be met; the message then
-        names the best reachable value.
+        has the best value that can.
         """
         resolution = self.resolve(policy, targets, clock)
         if resolution.threshold is not None:
             return resolution.threshold, resolution.calibrator
-        if resolution.certificate is not None:
-            kind, level = resolution.certificate.kind, resolution.certificate.level
-            raise UserError(
-                f"infeasible: the best certified is {kind} {resolution.reachable:.4f} with "
-                f"confidence {level:g}"
+        raise UserError(self._refusal(resolution, targets))
+
+    def _refusal(self, resolution: Resolution, targets: Mapping[str, float | None]) -> str:
+        """Describes a target without a threshold: the best value, and what to do."""
+        best, certificate = resolution.reachable, resolution.certificate
+        if certificate is None and np.isnan(best):
+            return (
+                "the training of this model diverged, so no threshold has a metric on the "
+                "calibration rows: train it with a smaller learning rate"
             )
-        if np.isnan(resolution.reachable):
-            raise UserError(
-                "infeasible: the training of this model diverged, so no threshold has a metric on "
-                "the calibration rows: train it with a smaller learning rate"
-            )
-        if targets.get("milliseconds") is not None:
-            best = f"{resolution.reachable:.2f} milliseconds"
+        given = ((k, v) for k, v in targets.items() if v is not None and k != "level")
+        name, value = next(given, ("accuracy", self.full))
+        shown = {"milliseconds": f"{best:.2f}", "error": f"{-best:.4g}"}.get(name, f"{best:.4f}")
+        change = f"{'lower' if name in ('accuracy', 'agreement') else 'raise'} {name}"
+        if certificate is None:
+            problem = f"met: the best on the calibration rows is {shown}"
         else:
-            name = "metric" if targets.get("cost") is None else "cost"
-            best = f"{name} {resolution.reachable:.4f}"
-            if targets.get("error") is not None:
-                best = f"error {-resolution.reachable:.4g}"
-        raise UserError(f"infeasible: the best reachable on the calibration rows is {best}")
+            problem = f"certified: the best is {shown} with confidence {certificate.level:g}"
+            change += ", or train with more calibration rows"
+        return f"{name}={value:g} cannot be {problem}; {change}"
 
     def resolve(
         self,

@@ -26,7 +26,7 @@ function showTarget() {
   const table = policy().targets[name], target = Number(element("target-value").value);
   const certified = name === "risk" || name === "agreement";
   if (!table) {
-    output.textContent = "infeasible: this policy cannot be certified";
+    output.textContent = "cannot be met: thresholds of this policy cannot be certified";
     return;
   }
   const most = data.exits[replica].at(-1).cost;
@@ -37,11 +37,11 @@ function showTarget() {
   const row = lookUp(table, target);
   if (row < 0) {
     if (!table.value.length) {
-      output.textContent = "infeasible: the training of this replica diverged";
+      output.textContent = "cannot be met: the training of this replica diverged";
       return;
     }
     const best = `${name === "accuracy" ? data.metric : name} ${table.best[0].toFixed(4)}`;
-    output.textContent = `infeasible: the best ${certified ? "certified" : "reachable on calibration rows"} is ${best}`;
+    output.textContent = `cannot be ${certified ? "certified: the best" : "met: the best on the calibration rows"} is ${best}`;
     return;
   }
   const source = certified ? table : policy().curve, at = certified ? row : table.at[row];
