@@ -39,7 +39,7 @@ from sweet_jax.report.comparison import (
 )
 from sweet_jax.report.console import exit_table
 from sweet_jax.report.details import ExitTimes, ReportDetails
-from sweet_jax.report.figures import exits_figure, write_figures
+from sweet_jax.report.figures import curve_figure, exits_figure, write_figures
 from sweet_jax.report.model_card import model_card
 from sweet_jax.report.page import write_report
 from sweet_jax.report.page_tables import _rounded, certificate_table, policy_series
@@ -256,9 +256,7 @@ def test_page_and_simulate_command_bound_the_error_of_a_regression_alike(browser
     browser.get((tmp_path / "report.html").as_uri())
     option = browser.find_element("css selector", "#target [value=error]").text
     assert option == "mean absolute error at most"
-    pattern = (
-        r"threshold (\S+?)[:;] .*cost (\S+), neg_mean_absolute_error ([-.\d]+).*?; ([.\d]+ \w+)"
-    )
+    pattern = r"threshold (\S+?)[:;] .*cost (\S+), mean absolute error ([.\d]+).*?; ([.\d]+ \w+)"
     for value in (0.3, 0.5):
         shown = request_target(browser, "error", value)
         assert simulate_command([f"--run={tmp_path}", f"--error={value}"]) == 0
@@ -270,6 +268,54 @@ def test_page_and_simulate_command_bound_the_error_of_a_regression_alike(browser
     assert "cannot be met: the best on the calibration rows is error " in (
         request_target(browser, "error", 0.001)
     )
+
+
+def test_errors_are_positive_and_have_one_name_wherever_people_read_them(tmp_path):
+    """results.json keeps the negated error, of which larger is better."""
+    analysis = regression_analysis()
+    results = build_results(REGRESSION, analysis, TrainingRecord(900))
+    best = results["best_replica"]
+    last = results["replicas"][best]["individual"][-1]
+    assert results["metric"] == "neg_mean_absolute_error"
+    assert last["score"] < 0
+    shown = f"{-last['score']:.4f}"
+    interval = f"{-last['interval'][1]:.4f}", f"{-last['interval'][0]:.4f}"
+    write_report(tmp_path / "report.html", analysis, results, [], {})
+    page = (tmp_path / "report.html").read_text()
+    kwargs = {"classes": ["y"], "text_columns": ["text"], "max_length": 32}
+    card = model_card(results, model_type="bert", **kwargs)
+    table = exit_table(results)
+    write_comparison(tmp_path / "compare.html", [("a", analysis), ("b", analysis)])
+    comparison = (tmp_path / "compare.html").read_text()
+    for text in (page, card, table, comparison):
+        assert "mean absolute error (lower is better)" in text
+        assert not re.search("neg.mean.absolute.error", text)
+    assert f"<td>{shown}</td>\n<td>{interval[0]} \N{EN DASH} {interval[1]}</td>" in page
+    assert f"| {shown} | {interval[0]} to {interval[1]} |" in card
+    assert re.search(rf"  4 .* {shown}  \[{interval[0]}, {interval[1]}\]", table)
+    data, charts = (
+        json.loads(re.search(rf'<script id="{name}" [^>]*>(.*?)</script>', page)[1])
+        for name in ("data", "charts")
+    )
+    assert min(data["policies"][best]["stability"]["curve"]["score"]) > 0
+    assert data["exits"][best][-1]["score"] == -last["score"]
+    assert min(min(bound["score"]) for bound in data["bounds"][best].values()) > 0
+    chart = json.loads(re.search(r'<script id="chart" [^>]*>(.*?)</script>', comparison)[1])
+    for shown_traces in (charts["curve"]["traces"], chart["traces"]):
+        assert min(value for trace in shown_traces for value in (*trace["y"], *trace["low"])) > 0
+    (axes,) = curve_figure(analysis, results).axes
+    assert axes.get_ylabel() == "mean absolute error (lower is better) (n = 60)"
+    assert axes.get_ylim()[0] > 0
+
+
+def test_comparison_shows_a_larger_error_as_a_positive_difference(tmp_path):
+    better = regression_analysis()
+    rows = better.validation
+    worse = dataclasses.replace(rows, logits=rows.logits + 3)
+    write_comparison(tmp_path / "compare.html", [("a", better), ("b", analyse(worse, worse))])
+    page = (tmp_path / "compare.html").read_text()
+    (gap, low, high) = re.search(r"<td>\+(\S+) \[\+(\S+), \+(\S+)\]</td>", page).groups()
+    assert 1 < float(low) < float(gap) < float(high) < 4
 
 
 def test_page_shows_certified_thresholds_oracles_and_the_seed_band(report, browser):

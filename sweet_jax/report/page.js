@@ -57,7 +57,7 @@ function showTarget() {
     words = `certified with 95% confidence: ${name} ${table.reached[row].toFixed(4)} at ${words} ` +
       "(for confidences fitted on half of the calibration rows)";
   } else if (name !== "accuracy" || data.metric === "accuracy") {
-    const gap = ({cost, error: -metric}[name] ?? metric) - target;
+    const gap = (name === "cost" ? cost : metric) - target;
     const digits = Math.abs(gap).toFixed(4);
     const difference = Number(digits) === 0 ? "at" : `${digits} ${gap < 0 ? "below" : "above"}`;
     words += `; ${difference} the target`;

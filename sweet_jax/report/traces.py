@@ -4,7 +4,7 @@ Shape letters: E exit, T points, R' replicas of the chosen learning rate.
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from sweet_jax.exits.reliability import (
     reliability_diagram,
     shares_right,
 )
+from sweet_jax.objectives.objective import ShownMetric
 from sweet_jax.report.baselines import baseline_title
 
 # Viridis from dark to light for exits in order of depth, distinguishable without color vision.
@@ -66,6 +67,21 @@ class Trace:
     steps: bool = False  # whether y is constant until the next x, rather than interpolated
     optional: bool = False  # whether the page shows it only after a click on its name
     far: bool = False  # whether it is so far below the other traces that it would flatten them
+
+
+def with_shown_metric(traces: Iterable[Trace | None], metric: str) -> list[Trace | None]:
+    """Returns traces of a metric, whose y becomes its values as shown: errors are positive."""
+    shown = ShownMetric.of(metric)
+    return [
+        trace and dataclasses.replace(trace, y=shown.values(trace.y), low=shown.values(trace.low))
+        for trace in traces
+    ]
+
+
+def metric_title(metric: str) -> str:
+    """Returns the title of the axis of a metric."""
+    shown = ShownMetric.of(metric)
+    return shown.name.replace("_", " ") + shown.better
 
 
 def exit_color(exit_index: int) -> str:
