@@ -149,7 +149,7 @@ function classTables(rows) {
     for (const [c, row] of lines) {
       const right = matrix[c * classes + c], precision = share(right, given[c]), recall = share(right, support[c]);
       const f1 = share(2 * right, given[c] + support[c]);
-      [precision, recall, f1].forEach((value, k) => write(row[2 + k], value.toFixed(3)));
+      [precision, recall, f1].forEach((value, k) => write(row[2 + k], support[c] ? value.toFixed(3) : "–"));
       for (let e = 0; e < exits; e++) {
         write(row[8 + e], support[c] ? `${(100 * taken[c * exits + e] / support[c]).toFixed(0)}%` : "–");
       }
