@@ -322,6 +322,8 @@ def test_page_shows_certified_thresholds_oracles_and_the_seed_band(report, brows
     browser.get((report[0] / "report.html").as_uri())
     text = browser.find_element("tag name", "body").text
     assert "Certified thresholds" in text
+    said = "The agreement oracle leaves at the first exit that predicts the same as the last exit."
+    assert said in text
     assert "cannot be certified: the best is" in text  # 1% of 100 rows
     assert "right at the last exit, wrong earlier" in text
     points = {trace["name"]: len(trace["x"]) for trace in traces(browser, "curve")}

@@ -237,6 +237,35 @@ def test_class_tables_of_the_page_follow_the_slider(tmp_path, browser, classes):
             assert count == ((labels == cell // classes) & (predictions == cell % classes)).sum()
 
 
+def test_headings_of_the_confusion_matrix_keep_words_whole(three_classes, browser, tmp_path):
+    splits = [
+        dataclasses.replace(
+            rows,
+            identity=dataclasses.replace(
+                rows.identity, classes=("neutral", "appointment cancelled", "refund_not_showing_up")
+            ),
+        )
+        for rows in (three_classes.calibration, three_classes.validation)
+    ]
+    analysis = analyse(*splits)
+    results = build_results(CONFIG, analysis, TrainingRecord(100))
+    write_report(tmp_path / "report.html", analysis, results, [], {})
+    browser.get((tmp_path / "report.html").as_uri())
+    lines = browser.execute_script(
+        "return [...document.querySelectorAll('#matrix th')].flatMap(cell => {"
+        "  const text = cell.firstChild, words = [...text.data.matchAll(/\\w+/g)];"
+        "  return words.map(word => {"
+        "    const range = document.createRange();"
+        "    range.setStart(text, word.index);"
+        "    range.setEnd(text, word.index + word[0].length);"
+        "    return [word[0], range.getClientRects().length];"
+        "  });"
+        "})"
+    )
+    words = ["neutral", "appointment", "cancelled", "refund_not_showing_up"]
+    assert lines == [[word, 1] for word in ("label", "predicted", *words, *words)]
+
+
 def test_truncated_texts_are_counted_with_their_metric(three_classes, tmp_path):
     results = build_results(CONFIG, three_classes, TrainingRecord(100))
     truncated = np.arange(240) % 4 == 0
