@@ -45,6 +45,7 @@ from sweet_jax.report.page import write_report
 from sweet_jax.report.page_tables import _rounded, certificate_table, policy_series
 from sweet_jax.report.results import TrainingRecord, build_results
 from sweet_jax.report.shortfalls import Shortfall, describe_shortfall
+from sweet_jax.report.traces import loss_traces
 from sweet_jax.report.verdict import describe_training, verdict
 from sweet_jax.simulate import main as simulate_command
 
@@ -420,6 +421,12 @@ def test_page_loads_nothing_from_the_network(report):
     without_scripts = page[: page.index("<script>")] + page[page.index("<body>") :]
     assert "http" not in without_scripts.replace("http://www.w3.org", "")
     assert "src=" not in without_scripts
+
+
+def test_training_losses_differ_by_more_than_their_color():
+    metrics = [{"training": "t", "step": step, "loss": [[1.0] * 3]} for step in range(3)]
+    lines = loss_traces(metrics, 0, {"t": (1, 2, 4)})
+    assert len({line.dash for line in lines}) == 3
 
 
 def test_figures_are_written_as_png_and_svg(report):

@@ -47,6 +47,9 @@ def test_comparison_gives_every_run_its_own_color_and_dash(analysis, tmp_path):
     lines = [t for t in json.loads(chart)["traces"] if re.fullmatch(r"run \d+", t["name"])]
     assert len({(line["color"], line["dash"]) for line in lines}) == 12
     assert len({line["dash"] for line in lines[:4]}) == 4
+    bounds = [t for t in json.loads(chart)["traces"] if re.search(r"oracle|floor", t["name"])]
+    assert len(bounds) == 24
+    assert not {line["dash"] for line in lines} & {bound["dash"] for bound in bounds}
     assert json.loads(chart)["y"] == "accuracy"
 
 

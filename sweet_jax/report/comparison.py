@@ -69,7 +69,7 @@ def write_comparison(path: Path, runs: Sequence[tuple[str, Analysis]]) -> None:
             traces.append(Trace(f"{name}: one exit", color, *at, symbol="diamond", size=12))
         else:
             points = cost.tolist(), mean.tolist()
-            traces += [Trace(name, color, *points, dash=line_dash(number, each=True), width=2.5)]
+            traces += [Trace(name, color, *points, dash=line_dash(number), width=2.5)]
             traces += [seed_band(analysis, color), *_bounds(name, analysis, color, cost)]
         rows.append(
             {

@@ -42,7 +42,15 @@ _MARKERS = {
     "star": "*",
     "cross": "P",
 }
-_DASHES = {"": "", "solid": "-", "dot": ":", "dash": "--", "dashdot": "-."}
+_DASHES = {
+    "": "",
+    "solid": "-",
+    "dot": ":",
+    "dash": "--",
+    "dashdot": "-.",
+    "longdash": (0, (9, 3)),
+    "dashdotdot": (0, (6, 2, 1, 2, 1, 2)),
+}
 
 
 def write_figures(
