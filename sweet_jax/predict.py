@@ -285,7 +285,7 @@ def _predict_rows(
             found = {"label": prediction.label}
             if prediction.probability is not None:
                 found["probability"] = round(prediction.probability, 6)
-            found |= {"exit": prediction.exit, "cost": prediction.cost}
+            found |= {"exit": prediction.exit, "cost": round(prediction.cost, 6)}
         row = taken.popleft()
         yield found | dict(zip(kept, row.values[count:], strict=False)), row.position
 

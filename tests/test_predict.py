@@ -4,6 +4,7 @@ import contextlib
 import csv
 import json
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -11,7 +12,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from sweet_jax import predict
+from sweet_jax.data.tables import Columns, Record
 from sweet_jax.inference import classifier, prediction_file
+from sweet_jax.inference.predictions import Prediction
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -82,6 +85,15 @@ def text_lines(texts) -> str:
 
 def read_json_lines(path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_probability_and_cost_have_at_most_six_decimals():
+    prediction = Prediction("a", np.asarray([0.98765432, 0.01234568]), 2, 0.1 + 0.2, 0.98765432)
+    reader = SimpleNamespace(stream_rows=lambda texts, batch_size: (prediction for _ in texts))
+    record = Record(("a text",), None, position=7, row=1, line=1)
+    rows = predict._predict_rows(reader, [record], Columns(("text",), None), 1)
+    expected = {"label": "a", "probability": 0.987654, "exit": 2, "cost": 0.3}
+    assert list(rows) == [(expected, 7)]
 
 
 def test_predictions_equal_those_of_the_classifier_in_row_order(sweet, predict_rows, capsys):
