@@ -1,9 +1,10 @@
 r"""Trains, evaluates, calibrates, simulates and reports, on a file of labeled texts or a config.
 
-  sweet-jax train data.csv --text=text --label=label --budget=5ms --output=runs/own
+  sweet-jax train data.csv --text=text --budget=5ms --output=runs/own
   sweet-jax train --config=configs/quickstart.py --workdir=runs/quickstart
   sweet-jax train --config=configs/glue.py:mrpc --workdir=runs/mrpc \
-      --config.method=sweet --config.exits=1,4,6,12 --config.learning_rates=3e-5,5e-5
+      --config.method=sweet --config.exits=1,4,6,12 \
+      --config.learning_rates=3e-5,5e-5
 
 python -m sweet_jax.main is the same command.
 
@@ -69,6 +70,7 @@ from sweet_jax.config import (
 )
 from sweet_jax.errors import UserError, check_choice, one_line
 from sweet_jax.exits.outputs import layer_cost
+from sweet_jax.help_text import help_width, wrap_help
 from sweet_jax.paths import expand_user, join_sources
 from sweet_jax.recipe import OWN_DATA
 from sweet_jax.standard_output import LogHandler, print_text
@@ -111,7 +113,7 @@ def parse(argv: Sequence[str]) -> Command:
     if empty:  # for example because of a shell variable that is not set
         raise UserError(f"--{empty[0]} is empty: set a value, or remove it")
     if first.help:
-        print_text("\n".join([__doc__ or "", *_recipe_lines(), *_key_lines()]))
+        print_text("\n".join([wrap_help(__doc__ or ""), *_recipe_lines(), *_key_lines()]))
         raise SystemExit(0)
     joining = (first.coordinator_address, first.num_processes, first.process_id)
     if len(argv) > 1 and not argv[1].startswith("-"):
@@ -192,7 +194,7 @@ def _recipe_lines() -> Iterator[str]:
     yield "Values of a run on a file that differ from the defaults of the keys below:"
     values["train_size"] += " (all rows)"
     text = ", ".join(f"{key}={value}" for key, value in values.items())
-    yield textwrap.fill(text, 100, initial_indent=" " * 2, subsequent_indent=" " * 2)
+    yield textwrap.fill(text, help_width(), initial_indent=" " * 2, subsequent_indent=" " * 2)
 
 
 def _key_lines() -> Iterator[str]:
@@ -202,7 +204,9 @@ def _key_lines() -> Iterator[str]:
         for key in keys:
             yield f"  {key.name} = {key.default}"
             for text in (key.meaning, f"Allowed: {key.allowed}"):
-                yield textwrap.fill(text, 100, initial_indent=" " * 6, subsequent_indent=" " * 6)
+                yield textwrap.fill(
+                    text, help_width(), initial_indent=" " * 6, subsequent_indent=" " * 6
+                )
 
 
 def _recipe(name: str) -> ConfigDict:

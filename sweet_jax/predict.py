@@ -1,6 +1,6 @@
 """Classifies the texts of a file with a saved model, each at the first confident exit.
 
-  sweet-jax predict --model=runs/x/model --input=new.csv --output=new.jsonl --cost=0.5
+  sweet-jax predict --model=runs/x/model --input=a.csv --output=b.csv --cost=0.5
   sweet-jax predict --model=runs/x/model --measure
 
 The input has the text columns that the model was trained on, in any format supported for training,

@@ -1,7 +1,8 @@
-"""Fits the thresholds of a run's saved model for int8, whose outputs differ slightly.
+r"""Fits the thresholds of a run's saved model for int8, whose outputs differ slightly.
 
   sweet-jax quantize --run=runs/x
-  sweet-jax predict --model=runs/x/model --precision=int8 --input=new.csv --output=new.jsonl
+  sweet-jax predict --model=runs/x/model --precision=int8 --input=a.csv \
+      --output=b.csv
 
 The layers of the model multiply int8 matrices (engine=onnxruntime). Temperatures, curves,
 thresholds and certificates are refitted on the outputs that the exits then have on the run's
