@@ -72,7 +72,7 @@ def recommend(run: Path, target: Mapping[str, float]) -> str:
     times = np.broadcast_to(clock, (len(exits), len(clock)))  # [N, E]
     if lengths is not None:
         times = table.interpolate_until_exit(lengths)
-    lines.append(_describe(analysis, threshold, times))
+    lines.append(_describe(analysis, threshold, times, own_lengths=lengths is not None))
     lines.append(_describe_choice(analysis, resolution, target))
     lines += _describe_effects(run, analysis, threshold)
     spread = None if lengths is None else describe_spread(times, exits, target)
@@ -165,17 +165,20 @@ def _refusal(target: Mapping[str, float], least: float) -> str:
     least: the smallest budget that can be met.
     """
     (name, value), *_ = target.items()
-    unit = " ms" if name == "milliseconds" else " of the layers"
+    unit, at = (
+        (" ms", " at the median length") if name == "milliseconds" else (" of the layers", "")
+    )
     return (
-        f"no operating point meets the budget of {value:g}{unit}; the smallest possible is "
+        f"no operating point meets the budget of {value:g}{unit}{at}; the smallest possible is "
         f"{least:.3g}{unit}: add an earlier exit, reduce max_length, or use a smaller encoder"
     )
 
 
-def _describe(analysis: Analysis, threshold: float, times: np.ndarray) -> str:
+def _describe(analysis: Analysis, threshold: float, times: np.ndarray, *, own_lengths: bool) -> str:
     """Describes a threshold on the validation rows, in comparison with all layers.
 
     times: milliseconds of each row until each exit, float64 [N, E].
+    own_lengths: whether these are times at the rows' own lengths, or all at the median length.
     """
     replica = analysis.best
     rows = analysis.validation.replica(replica)
@@ -192,10 +195,12 @@ def _describe(analysis: Analysis, threshold: float, times: np.ndarray) -> str:
             f"the layers, {format_milliseconds(times[np.arange(len(taken)), taken].mean())} per "
             "text on average"
         )
+    of = "these texts, each at its own length" if own_lengths else "texts of median length"
     return (
         f"recommended operating point: {parts[0]}\n"
         f"           through all layers: {parts[1]}\n"
-        f"  on {len(labels)} validation rows, with 95% intervals{shown.better}"
+        f"  on {len(labels)} validation rows, with 95% intervals{shown.better}; times are means "
+        f"over {of}"
     )
 
 

@@ -182,6 +182,8 @@ def test_recommendation_states_selection_rule_and_time_of_slow_texts(trained_run
     )
     assert "estimated from each text's length and exit, the " in stdout
     text = recommend(folder, {"milliseconds": 1e6})
+    assert "95% intervals; times are means over these texts, each at its own length\n" in text
+    assert "the best accuracy within 1e+06 ms for a text of median length, or the cheap" in text
     assert re.search(r"ms on average in the model, and 95% of them at most .* ms: the budget", text)
     assert "the budget of 1e+06 ms on average is kept (0% of the texts take longer)" in text
     page = (folder / "report.html").read_text()
@@ -190,7 +192,8 @@ def test_recommendation_states_selection_rule_and_time_of_slow_texts(trained_run
 
 def test_infeasible_budget_is_answered_with_smallest_feasible_one(trained_run):
     text = recommend(trained_run[0], {"milliseconds": 1e-6})
-    assert text.startswith("no operating point meets the budget of 1e-06 ms; the smallest possible")
+    refused = "no operating point meets the budget of 1e-06 ms at the median length; the smallest "
+    assert text.startswith(refused)
     assert "recommended operating point" in text
     assert "--milliseconds" not in text
 
