@@ -8,6 +8,7 @@ from typing import Any
 from sweet_jax.errors import UserError, check_choice
 from sweet_jax.exits.policies import POLICIES
 from sweet_jax.exits.targets import DEFAULT_LEVEL, TARGET_RANGES, check_targets
+from sweet_jax.help_text import wrap_help
 from sweet_jax.registry import Registry
 from sweet_jax.standard_output import escape_characters, flush_output, print_text
 from sweet_jax.storage_errors import (
@@ -52,7 +53,7 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def print_help(self, file: Any = None) -> None:
         """Prints the help; a reader that stops early, such as `| head`, is not an error."""
-        print_text(self.format_help())
+        print_text(wrap_help(self.format_help()))
 
     # The overloads of the base class differ in the type of the namespace.
     def parse_args(  # type: ignore[override]

@@ -18,6 +18,7 @@ from sweet_jax.data.padding import TOKENS_WHILE_COMPILING
 from sweet_jax.distributed import barrier, broadcast_from_primary, is_primary
 from sweet_jax.exits.outputs import layer_cost
 from sweet_jax.files import read_json, write_json
+from sweet_jax.objectives.objective import ShownMetric
 from sweet_jax.preparation import PreparedRun
 from sweet_jax.training.best_state import standard_error, tuning_area
 from sweet_jax.training.evaluation import compile_evaluation, evaluate
@@ -120,13 +121,15 @@ def _describe_choice(
     rates: Sequence[float], area: np.ndarray, error: np.ndarray, rows: int, metric: str
 ) -> str:
     """Describes each rate's area [R] on tuning rows, and the rule by which one was chosen."""
-    each = ", ".join(f"{rate:g}: {value:.4f}" for rate, value in zip(rates, area, strict=True))
+    shown = ShownMetric.of(metric)
+    pairs = zip(rates, shown.values(area), strict=True)
+    each = ", ".join(f"{rate:g}: {value:.4f}" for rate, value in pairs)
     place = choose_rate(area, error)
     kept = f"kept {rates[0]:g}, the first: no other one is better by more than a standard error"
     chosen = f"chosen {rates[place]:g}: better than the first by more than a standard error"
-    name = metric.replace("_", " ")
+    name = shown.name.replace("_", " ") + shown.better
     return (
-        f"area (mean {name} over costs) on {rows} tuning rows: {each}; "
+        f"area (mean over costs) of {name} on {rows} tuning rows: {each}; "
         f"{chosen if place else kept} ({error[area.argmax()]:.4f})"
     )
 

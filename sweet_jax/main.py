@@ -1,9 +1,10 @@
 r"""Trains, evaluates, calibrates, simulates and reports, on a file of labeled texts or a config.
 
-  sweet-jax train data.csv --text=text --label=label --budget=5ms --output=runs/own
+  sweet-jax train data.csv --text=text --budget=5ms --output=runs/own
   sweet-jax train --config=configs/quickstart.py --workdir=runs/quickstart
   sweet-jax train --config=configs/glue.py:mrpc --workdir=runs/mrpc \
-      --config.method=sweet --config.exits=1,4,6,12 --config.learning_rates=3e-5,5e-5
+      --config.method=sweet --config.exits=1,4,6,12 \
+      --config.learning_rates=3e-5,5e-5
 
 python -m sweet_jax.main is the same command.
 
@@ -37,6 +38,7 @@ Exit status: 0 done, 2 the input is wrong (one line says what and how to fix it)
 """
 
 import dataclasses
+import difflib
 import itertools
 import logging
 import os
@@ -68,10 +70,17 @@ from sweet_jax.config import (
 )
 from sweet_jax.errors import UserError, check_choice, one_line
 from sweet_jax.exits.outputs import layer_cost
+from sweet_jax.help_text import help_width, wrap_help
 from sweet_jax.paths import expand_user, join_sources
 from sweet_jax.recipe import OWN_DATA
 from sweet_jax.standard_output import LogHandler, print_text
 from sweet_jax.storage_errors import RESUMES
+
+_FILE_OPTIONS = ("text", "label", "test", "budget", "output")  # of a run on a file
+_OPTIONS = (
+    *("config", "workdir", *_FILE_OPTIONS),
+    *("coordinator_address", "num_processes", "process_id", "help"),
+)
 
 
 class Command(NamedTuple):
@@ -90,7 +99,7 @@ def parse(argv: Sequence[str]) -> Command:
     first.set_gnu_getopt(True)  # flags may follow the name of a file
     flags.DEFINE_string("config", None, "config file, with its argument after a colon", first)
     flags.DEFINE_string("workdir", None, "directory of the run", first)
-    for name in ("text", "label", "test", "budget", "output"):
+    for name in _FILE_OPTIONS:
         flags.DEFINE_string(name, None, "for a run on a file", first)
     flags.DEFINE_string("coordinator_address", None, "host:port of the first process", first)
     flags.DEFINE_integer("num_processes", None, "number of processes", flag_values=first)
@@ -104,12 +113,12 @@ def parse(argv: Sequence[str]) -> Command:
     if empty:  # for example because of a shell variable that is not set
         raise UserError(f"--{empty[0]} is empty: set a value, or remove it")
     if first.help:
-        print_text("\n".join([__doc__ or "", *_recipe_lines(), *_key_lines()]))
+        print_text("\n".join([wrap_help(__doc__ or ""), *_recipe_lines(), *_key_lines()]))
         raise SystemExit(0)
     joining = (first.coordinator_address, first.num_processes, first.process_id)
     if len(argv) > 1 and not argv[1].startswith("-"):
         return _parse_file(first, rest)._replace(processes=joining)
-    for name in ("text", "label", "test", "budget", "output"):
+    for name in _FILE_OPTIONS:
         if first[name].value is not None:
             raise UserError(
                 f"--{name} applies only to a run on a file: sweet-jax train FILE --{name}=…"
@@ -118,6 +127,8 @@ def parse(argv: Sequence[str]) -> Command:
     if recipe is None or not first.workdir:
         unknown = [text for text in rest[1:] if not text.startswith("--config.")]
         problem = f"unknown argument {unknown[0]!r}: " if unknown else ""
+        if unknown and (near := _nearest_option(unknown[0])):
+            raise UserError(f"{problem}{near}")
         raise UserError(
             f"{problem}pass FILE, a file of labeled rows, or --config=FILE and --workdir=DIR "
             "(--help lists all options)"
@@ -183,7 +194,7 @@ def _recipe_lines() -> Iterator[str]:
     yield "Values of a run on a file that differ from the defaults of the keys below:"
     values["train_size"] += " (all rows)"
     text = ", ".join(f"{key}={value}" for key, value in values.items())
-    yield textwrap.fill(text, 100, initial_indent=" " * 2, subsequent_indent=" " * 2)
+    yield textwrap.fill(text, help_width(), initial_indent=" " * 2, subsequent_indent=" " * 2)
 
 
 def _key_lines() -> Iterator[str]:
@@ -193,7 +204,9 @@ def _key_lines() -> Iterator[str]:
         for key in keys:
             yield f"  {key.name} = {key.default}"
             for text in (key.meaning, f"Allowed: {key.allowed}"):
-                yield textwrap.fill(text, 100, initial_indent=" " * 6, subsequent_indent=" " * 6)
+                yield textwrap.fill(
+                    text, help_width(), initial_indent=" " * 6, subsequent_indent=" " * 6
+                )
 
 
 def _recipe(name: str) -> ConfigDict:
@@ -232,7 +245,8 @@ def _overridden(recipe: ConfigDict, arguments: Sequence[str]) -> Config:
     for argument in arguments[1:]:
         key = argument.lstrip("-").partition("=")[0]
         if not argument.startswith("-") or not key.startswith("config."):
-            raise UserError(f"unknown argument {argument!r}: write --config.KEY=VALUE")
+            advice = _nearest_option(argument) or "write --config.KEY=VALUE"
+            raise UserError(f"unknown argument {argument!r}: {advice}")
         check_choice("config key", key.removeprefix("config."), fields)
         last[key] = argument
     values = flags.FlagValues()
@@ -246,6 +260,15 @@ def _overridden(recipe: ConfigDict, arguments: Sequence[str]) -> Config:
                 check_type(fields[key.removeprefix("config.")], argument.partition("=")[2])
         raise UserError(one_line(error)) from error
     return from_mapping(values.config.to_dict())
+
+
+def _nearest_option(argument: str) -> str | None:
+    """Returns a question that names the option most like an argument; None if none is like it."""
+    keys = [field.name for field in dataclasses.fields(Config)]
+    known = {name: f"--config.{name}" for name in keys}  # also without its "config."
+    known |= {name: f"--{name}" for name in (*_OPTIONS, *(f"config.{key}" for key in keys))}
+    near = difflib.get_close_matches(argument.lstrip("-").partition("=")[0], known, n=1)
+    return f"did you mean {known[near[0]]!r}?" if near else None
 
 
 def main(argv: Sequence[str] = ()) -> int:

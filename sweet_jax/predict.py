@@ -1,6 +1,6 @@
 """Classifies the texts of a file with a saved model, each at the first confident exit.
 
-  sweet-jax predict --model=runs/x/model --input=new.csv --output=new.jsonl --cost=0.5
+  sweet-jax predict --model=runs/x/model --input=a.csv --output=b.csv --cost=0.5
   sweet-jax predict --model=runs/x/model --measure
 
 The input has the text columns that the model was trained on, in any format supported for training,
@@ -293,7 +293,7 @@ def _predict_rows(
             found = {"label": prediction.label}
             if prediction.probability is not None:
                 found["probability"] = round(prediction.probability, 6)
-            found |= {"exit": prediction.exit, "cost": prediction.cost}
+            found |= {"exit": prediction.exit, "cost": round(prediction.cost, 6)}
         row = taken.popleft()
         yield found | dict(zip(kept, row.values[count:], strict=False)), row.position
 

@@ -1,7 +1,8 @@
-"""Fits the thresholds of a run's saved model for int8, whose outputs differ slightly.
+r"""Fits the thresholds of a run's saved model for int8, whose outputs differ slightly.
 
   sweet-jax quantize --run=runs/x
-  sweet-jax predict --model=runs/x/model --precision=int8 --input=new.csv --output=new.jsonl
+  sweet-jax predict --model=runs/x/model --precision=int8 --input=a.csv \
+      --output=b.csv
 
 The layers of the model multiply int8 matrices (engine=onnxruntime). Temperatures, curves,
 thresholds and certificates are refitted on the outputs that the exits then have on the run's
@@ -44,6 +45,7 @@ from sweet_jax.inference.float32_layers import (
     select_float32_layers,
     sign_test,
 )
+from sweet_jax.objectives.objective import ShownMetric
 from sweet_jax.saved_config import SAME_FOLDER, read_saved_config
 
 
@@ -163,10 +165,12 @@ def _print_table(before: ExitOutputs, paired: dict[str, list[Any]]) -> None:
     """Prints the comparison of `compare_exits`, and a warning for each exit that loses too much."""
     rows = before.labels.shape[1]
     heads = "".join(f" {name:>9}" for name in paired)
-    print(f"{'exit':>6}{heads}  {before.metric.name} and rows, of {rows} validation rows")
+    shown = ShownMetric.of(before.metric.name)
+    name = f"{shown.name}{shown.better}"
+    print(f"{'exit':>6}{heads}  {name} and rows, of {rows} validation rows")
     for layer, old, new, *counts in zip(before.layers, *paired.values(), strict=True):
         form = ">9.4g" if has_unit(before) else ">9.4f"
-        metrics = "".join(f" {value:{form}}" for value in (old, new))
+        metrics = "".join(f" {value:{form}}" for value in shown.values((old, new)))
         print(f"{layer:6d}{metrics}" + "".join(f" {count:9d}" for count in counts))
         loses, text = describe_loss(before, old, new)
         if loses:

@@ -28,6 +28,7 @@ from sweet_jax.inference.engine_choice import available_engines, typical_millise
 from sweet_jax.inference.engine_table import ENGINES
 from sweet_jax.inference.latency import measure_latency, read_latency
 from sweet_jax.inference.latency_table import LatencyTable, write_tables
+from sweet_jax.objectives.objective import ShownMetric
 from sweet_jax.report.classes import describe_never_predicted
 from sweet_jax.report.console import fitted_rows
 from sweet_jax.report.shortfalls import describe_effects, worst_shortfalls
@@ -71,7 +72,7 @@ def recommend(run: Path, target: Mapping[str, float]) -> str:
     times = np.broadcast_to(clock, (len(exits), len(clock)))  # [N, E]
     if lengths is not None:
         times = table.interpolate_until_exit(lengths)
-    lines.append(_describe(analysis, threshold, times))
+    lines.append(_describe(analysis, threshold, times, own_lengths=lengths is not None))
     lines.append(_describe_choice(analysis, resolution, target))
     lines += _describe_effects(run, analysis, threshold)
     spread = None if lengths is None else describe_spread(times, exits, target)
@@ -164,61 +165,67 @@ def _refusal(target: Mapping[str, float], least: float) -> str:
     least: the smallest budget that can be met.
     """
     (name, value), *_ = target.items()
-    unit = " ms" if name == "milliseconds" else " of the layers"
+    unit, at = (
+        (" ms", " at the median length") if name == "milliseconds" else (" of the layers", "")
+    )
     return (
-        f"no operating point meets the budget of {value:g}{unit}; the smallest possible is "
+        f"no operating point meets the budget of {value:g}{unit}{at}; the smallest possible is "
         f"{least:.3g}{unit}: add an earlier exit, reduce max_length, or use a smaller encoder"
     )
 
 
-def _describe(analysis: Analysis, threshold: float, times: np.ndarray) -> str:
+def _describe(analysis: Analysis, threshold: float, times: np.ndarray, *, own_lengths: bool) -> str:
     """Describes a threshold on the validation rows, in comparison with all layers.
 
     times: milliseconds of each row until each exit, float64 [N, E].
+    own_lengths: whether these are times at the rows' own lengths, or all at the median length.
     """
     replica = analysis.best
     rows = analysis.validation.replica(replica)
     exits = analysis.exits_taken(replica, threshold)  # [N]
     labels, classes, metric = rows.labels[0], rows.logits.shape[-1], rows.metric
-    last = np.full_like(exits, times.shape[1] - 1)
+    last, shown = np.full_like(exits, times.shape[1] - 1), ShownMetric.of(metric.name)
     parts = []
     for taken in (exits, last):
         given = rows.predictions[0][taken, np.arange(len(taken))]  # [N]
-        low, high = score_interval(metric, given, labels, classes)
-        value = compute_metric(metric, given, labels, classes)
+        low, high = shown.interval(score_interval(metric, given, labels, classes))
+        value = shown.value(compute_metric(metric, given, labels, classes))
         parts.append(
-            f"{metric.name} {value:.4f} [{low:.4f}, {high:.4f}], {rows.cost[taken].mean():.0%} of "
+            f"{shown.name} {value:.4f} [{low:.4f}, {high:.4f}], {rows.cost[taken].mean():.0%} of "
             f"the layers, {format_milliseconds(times[np.arange(len(taken)), taken].mean())} per "
             "text on average"
         )
+    of = "these texts, each at its own length" if own_lengths else "texts of median length"
     return (
         f"recommended operating point: {parts[0]}\n"
         f"           through all layers: {parts[1]}\n"
-        f"  on {len(labels)} validation rows, with 95% intervals"
+        f"  on {len(labels)} validation rows, with 95% intervals{shown.better}; times are means "
+        f"over {of}"
     )
 
 
 def _describe_choice(analysis: Analysis, found: Resolution, target: Mapping[str, float]) -> str:
     """Describes the rule and the rows by which the threshold was chosen."""
-    replica, metric = analysis.best, analysis.validation.metric.name
+    replica, metric = analysis.best, ShownMetric.of(analysis.validation.metric.name)
+    name = metric.name
     rows = (
         f"{analysis.calibration.labels.shape[1]} "
         f"{fitted_rows({'fitted_on': analysis.calibration.identity.fitted_on})}"
     )
     full = analysis.resolver(replica).full
     if found.threshold is None:
-        return f"  no threshold keeps the {metric} of all layers on {rows}, so all layers are used"
+        return f"  no threshold keeps the {name} of all layers on {rows}, so all layers are used"
     point = analysis.evaluate(replica, found).calibration
     assert point is not None, "budgets are not certified"
     shown = format_threshold(found.threshold, analysis.breakpoints(replica))
-    rule = f"the cheapest that keeps the {metric} of all layers"
+    rule = f"the cheapest that keeps the {name} of all layers"
     if target:
-        (name, limit), *_ = target.items()
-        unit = " ms for a text of median length" if name == "milliseconds" else " of the layers"
-        rule = f"the best {metric} within {limit:g}{unit}, or the cheapest of equally good ones"
+        (kind, limit), *_ = target.items()
+        unit = " ms for a text of median length" if kind == "milliseconds" else " of the layers"
+        rule = f"the best {name} within {limit:g}{unit}, or the cheapest of equally good ones"
     return (
-        f"  threshold {shown}, chosen on {rows}: {rule} ({point[1]:.4f} there; all layers "
-        f"{full:.4f})"
+        f"  threshold {shown}, chosen on {rows}: {rule} ({metric.value(point[1]):.4f} "
+        f"there; all layers {metric.value(full):.4f})"
     )
 
 

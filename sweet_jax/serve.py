@@ -2,7 +2,7 @@
 
   pip install -e ".[serve]"
   sweet-jax serve --model=runs/x/model --port=8000 --cost=0.5
-  curl localhost:8000/predict -d '{"texts": ["a text", "another"], "accuracy": 0.9}'
+  curl localhost:8000/predict -d '{"texts": ["a text", "another"], "cost": 0.5}'
 
 POST /predict   {"texts": [...]} and, to override the server's, policy and one of cost, accuracy,
                 error, threshold, milliseconds, risk, agreement (the last two with level) →

@@ -30,6 +30,7 @@ from sweet_jax.exits.resolver import Resolution
 from sweet_jax.exits.simulation import simulate
 from sweet_jax.exits.targets import DEFAULT_LEVEL
 from sweet_jax.exits.thresholds import format_threshold
+from sweet_jax.objectives.objective import ShownMetric
 from sweet_jax.paths import expand_user
 from sweet_jax.report.console import exit_lines
 from sweet_jax.report.results import individual_exits
@@ -110,6 +111,7 @@ def _answers(analysis: Analysis, options: argparse.Namespace) -> list[str]:
     if not replicas:
         raise UserError("every replica of this run diverged: there is nothing to choose from")
     targets, metric = parse_targets(options), analysis.validation.identity.metric
+    shown = ShownMetric.of(metric)
     lines: list[str] = []
     reached: list[tuple[float, float]] = []
     for r in replicas:
@@ -117,7 +119,7 @@ def _answers(analysis: Analysis, options: argparse.Namespace) -> list[str]:
         if not targets:
             lines += [who + "each exit alone"] if who else []
             lines += exit_lines(individual_exits(analysis.validation, r), metric)
-            who += f"full {metric} is kept at "
+            who += f"full {shown.name} is kept at "
         point = analysis.operating_point(r, targets)
         lines.append(who + _describe(analysis, r, point, targets))
         if point.certificate is None and point.validation is not None:
@@ -126,7 +128,7 @@ def _answers(analysis: Analysis, options: argparse.Namespace) -> list[str]:
         cost, value = (sum(values) / len(reached) for values in zip(*reached, strict=True))
         lines.append(
             f"mean of {len(reached)} seeds on validation rows: "
-            f"cost {cost:.4f}, {metric} {value:.4f}"
+            f"cost {cost:.4f}, {shown.describe(value)}"
         )
     return lines
 
@@ -144,11 +146,11 @@ def _describe(
         if "error" in targets:
             name, asked, reachable = "error", targets["error"], -reachable
         line = (
-            f"infeasible: the best reachable is {name} {reachable:.4f} on the calibration rows "
-            f"(requested: {asked:g})"
+            f"{name} {asked:g} cannot be met: the best on the calibration rows is {name} "
+            f"{reachable:.4f}"
         )
         if math.isnan(reachable):
-            return line
+            return "no threshold has a metric on the calibration rows"
         closest = _closest_point(analysis, replica, point, targets)
         return f"{line}, at {_describe_point(analysis, replica, closest)}"
     line = _describe_point(analysis, replica, point)
@@ -182,9 +184,9 @@ def _describe_point(analysis: Analysis, replica: int, point: OperatingPoint) -> 
     assert point.threshold is not None
     assert point.calibration is not None
     assert point.validation is not None
-    metric = analysis.validation.identity.metric
+    metric = ShownMetric.of(analysis.validation.identity.metric)
     parts = [
-        f"cost {cost:.4f}, {metric} {value:.4f} on {outputs.labels.shape[1]} {name} rows"
+        f"cost {cost:.4f}, {metric.describe(value)} on {outputs.labels.shape[1]} {name} rows"
         for name, (cost, value), outputs in (
             ("calibration", point.calibration, analysis.calibration),
             ("validation", point.validation, analysis.validation),
@@ -221,7 +223,7 @@ def _describe_certificate(
     analysis: Analysis, replica: int, point: OperatingPoint, targets: Mapping[str, float]
 ) -> str:
     """Describes what a certificate guarantees, or the best value that can be certified."""
-    tested, metric = point.certificate, analysis.validation.identity.metric
+    tested, metric = point.certificate, ShownMetric.of(analysis.validation.identity.metric)
     assert tested is not None
     risk = tested.kind == "risk"
     what = "answered differently from the last exit"
@@ -240,13 +242,13 @@ def _describe_certificate(
     threshold = f"threshold {shown}, for confidences fitted on half of the calibration rows"
     cost, value = chosen.validation
     reached = (
-        f"cost {cost:.4f}, {metric} {value:.4f} on {analysis.validation.labels.shape[1]} "
+        f"cost {cost:.4f}, {metric.describe(value)} on {analysis.validation.labels.shape[1]} "
         "validation rows"
     )
     if not feasible:
         return (
-            f"infeasible: the best certified is {tested.kind} {point.reachable:.4f} with "
-            f"{sure} ({seen}); requested: {targets[tested.kind]:g}; at {threshold}: {reached}"
+            f"{tested.kind} {targets[tested.kind]:g} cannot be certified: the best is "
+            f"{tested.kind} {point.reachable:.4f} with {sure} ({seen}); at {threshold}: {reached}"
         )
     return f"{threshold}: at most {tested.bound:.4f} {what}, with {sure} ({seen}); {reached}"
 

@@ -341,7 +341,7 @@ def test_saved_resolver_chooses_the_same_thresholds():
             )
 
 
-def test_invalid_targets_are_refused_and_infeasible_ones_name_the_best():
+def test_invalid_targets_are_refused_and_unreachable_ones_name_the_best():
     resolver = make_resolver(known_table(100, seed=17)[0])
     assert resolver.threshold("confidence") == resolver.threshold(
         "confidence", accuracy=resolver.full
@@ -349,6 +349,7 @@ def test_invalid_targets_are_refused_and_infeasible_ones_name_the_best():
     for target, message in (
         ({"cost": "0.5"}, "cost must be a number; got '0.5'"),
         ({"accuracy": 1.2}, "accuracy must be from 0 to 1; got 1.2"),
+        ({"cost": 5}, "cost=5 is set, but .* the full model's layers, which is at most 1: "),
         ({"cost": 0.5, "risk": 0.1}, "set one target, not 2: cost, risk"),
         ({"level": 0.9}, "level applies to certified targets: also set risk or agreement"),
         (
@@ -358,8 +359,16 @@ def test_invalid_targets_are_refused_and_infeasible_ones_name_the_best():
     ):
         with pytest.raises(UserError, match=message):
             resolver.threshold("pcee", **target)
-    for target in ({"cost": 0.1}, {"accuracy": 0.999}, {"risk": 1e-4}, {"agreement": 0.9999}):
-        with pytest.raises(UserError, match="infeasible: the best"):
+    for target, message in (
+        ({"cost": 0.1}, r"cost=0.1 cannot be met: the best on .* is 0\.\d{4}; raise cost$"),
+        ({"accuracy": 0.999}, r"accuracy=0.999 cannot be met: .* is 0\.\d{4}; lower accuracy$"),
+        ({"risk": 1e-4}, r"certified: the best is 0\.\d{4} with confidence 0.95; raise risk, or"),
+        (
+            {"agreement": 0.9999, "level": 0.9},
+            r"agreement=0.9999 cannot be certified: .* 0.9; lower agreement, or train with more ca",
+        ),
+    ):
+        with pytest.raises(UserError, match=message):
             resolver.threshold("confidence", **target)
     with pytest.raises(UserError, match="was not calibrated for the policy 'learning_to_exit'"):
         resolver.threshold("learning_to_exit", cost=0.5)

@@ -1,5 +1,6 @@
 """The command line: its help, and its errors for bad input (one line, exit status 2)."""
 
+import contextlib
 import dataclasses
 import errno
 import fcntl
@@ -9,6 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
+import textwrap
 import tomllib
 from pathlib import Path
 
@@ -20,6 +22,7 @@ import sweet_jax
 from sweet_jax import cli
 from sweet_jax.config import Config, describe_keys
 from sweet_jax.config.key import key_metadata
+from sweet_jax.help_text import wrap_help
 from sweet_jax.main import main, parse
 
 ROOT = Path(__file__).parents[1]
@@ -191,6 +194,39 @@ def test_each_command_prints_its_usage(name, capsys):
         cli.main([name, "--help"])
     assert exit_info.value.code == 0
     assert capsys.readouterr().out.startswith(f"usage: sweet-jax {name} ")
+
+
+@pytest.mark.parametrize("name", list(cli.COMMANDS))
+@pytest.mark.parametrize("width", [80, 100, 200])
+def test_help_is_as_wide_as_the_terminal_and_at_most_100_columns(name, width, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", str(width))
+    with contextlib.suppress(SystemExit):
+        cli.main([name, "--help"])
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= min(width, 100)
+    if name != "version":
+        assert max(map(len, lines)) > min(width, 100) - 5
+
+
+def test_help_text_is_wrapped_again_within_its_columns(monkeypatch):
+    """Short lines stay: only lines that were full in the source are joined to the next one."""
+    monkeypatch.setenv("COLUMNS", "60")
+    words = " ".join(f"word{number}" for number in range(60))
+    texts = [
+        "\n".join(
+            [
+                textwrap.fill(words, width),
+                "A short line.",
+                "",
+                textwrap.fill(
+                    words, width, initial_indent="  --name=X  ", subsequent_indent=" " * 12
+                ),
+                "  --other   short",
+            ]
+        )
+        for width in (100, 60)
+    ]
+    assert wrap_help(texts[0]) == texts[1]
 
 
 def test_train_command_prints_the_same_error_as_main(run_arguments, capsys):

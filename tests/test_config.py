@@ -386,8 +386,12 @@ def test_shipped_config_files_are_valid(file_name, task, tmp_path):
         ("--config.skip_invalid=maybe", "skip_invalid must be True or False; got 'maybe'"),
         ("--config.task", "--config.task"),
         ("--config.isolation=2", "isolation must be from 0 to 1"),
-        ("--learning_rates=1", "unknown argument '--learning_rates=1'"),
-        ("exits=1", "unknown argument 'exits=1'"),
+        (
+            "--learning_rates=1",
+            "unknown argument '--learning_rates=1': did you mean '--config.learning_rates'?",
+        ),
+        ("exits=1", "unknown argument 'exits=1': did you mean '--config.exits'?"),
+        ("--zzz=1", "unknown argument '--zzz=1': write --config.KEY=VALUE"),
     ],
 )
 def test_invalid_command_line_argument_is_named_in_one_line(parse_config, argument, message):
@@ -423,8 +427,10 @@ def test_argument_for_get_config_without_parameters_is_refused(parse_config):
 
 
 def test_misspelt_flag_is_refused():
-    with pytest.raises(UserError, match="unknown argument '--workdr=x': pass FILE, a file of "):
+    with pytest.raises(UserError, match="unknown argument '--workdr=x': did you mean '--workdir'"):
         parse(["main", "--config=configs/quickstart.py", "--workdr=x"])
+    with pytest.raises(UserError, match="unknown argument '--zzz=x': pass FILE, a file of "):
+        parse(["main", "--config=configs/quickstart.py", "--zzz=x"])
 
 
 @pytest.mark.parametrize("arguments", ["--config=configs/own.py", "--workdir=run", ""])

@@ -203,6 +203,7 @@ LEVELS = [
             "trackers",
             "storage_errors",
             "standard_output",
+            "help_text",
             "devices",
             "distributed",
             "compilation_cache",

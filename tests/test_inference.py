@@ -455,7 +455,7 @@ def test_milliseconds_target_uses_measured_latency_table(sweet, tmp_path, capsys
         milliseconds = front.shares @ [2.0, 4.0, 6.0]
         assert milliseconds[point] <= limit
         assert (milliseconds[point + 1 :] > limit).all()
-    with pytest.raises(UserError, match=r"infeasible: the best reachable .* is 2.00 milliseconds"):
+    with pytest.raises(UserError, match=r"cannot be met: the best .* is 2.00; raise milliseconds"):
         AdaptiveClassifier.from_pretrained(folder, milliseconds=1.9)
     (folder / "clock.json").write_text("{}")
     with pytest.raises(UserError, match=r"clock.json' is damaged .*: measure again"):

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -13,7 +14,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from sweet_jax import predict
+from sweet_jax.data.tables import Columns, Record
 from sweet_jax.inference import classifier, prediction_file
+from sweet_jax.inference.predictions import Prediction
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -84,6 +87,15 @@ def text_lines(texts) -> str:
 
 def read_json_lines(path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_probability_and_cost_have_at_most_six_decimals():
+    prediction = Prediction("a", np.asarray([0.98765432, 0.01234568]), 2, 0.1 + 0.2, 0.98765432)
+    reader = SimpleNamespace(stream_rows=lambda texts, batch_size: (prediction for _ in texts))
+    record = Record(("a text",), None, position=7, row=1, line=1)
+    rows = predict._predict_rows(reader, [record], Columns(("text",), None), 1)
+    expected = {"label": "a", "probability": 0.987654, "exit": 2, "cost": 0.3}
+    assert list(rows) == [(expected, 7)]
 
 
 def test_predictions_equal_those_of_the_classifier_in_row_order(sweet, predict_rows, capsys):
@@ -455,7 +467,7 @@ def test_finished_output_of_another_target_or_input_is_not_overwritten(
         ("in.csv", "text\na\n", ["--accuracy=1.2"], "--accuracy must be from 0 to 1; got 1.2"),
         ("in.csv", "text\na\n", ["--level=0.9"], "also set --risk or --agreement"),
         ("in.csv", "text\na\n", ["--policy=sure"], "unknown policy 'sure'"),
-        ("in.csv", "text\na\n", ["--cost=0.1"], "infeasible: the best reachable"),
+        ("in.csv", "text\na\n", ["--cost=0.1"], "cost=0.1 cannot be met: the best on"),
         ("in.csv", "text\na\n", ["--batch_size=0"], "batch_size must be at least 1; got 0"),
         ("in.csv", "text\na\n", ["--dtype=int4"], "does not support precision 'int4': choose"),
         ("in.csv", "text\na\n", ["--model=nowhere/model"], "neither a local directory nor"),

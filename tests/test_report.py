@@ -39,12 +39,13 @@ from sweet_jax.report.comparison import (
 )
 from sweet_jax.report.console import exit_table
 from sweet_jax.report.details import ExitTimes, ReportDetails
-from sweet_jax.report.figures import exits_figure, write_figures
+from sweet_jax.report.figures import curve_figure, exits_figure, write_figures
 from sweet_jax.report.model_card import model_card
 from sweet_jax.report.page import write_report
 from sweet_jax.report.page_tables import _rounded, certificate_table, policy_series
 from sweet_jax.report.results import TrainingRecord, build_results
 from sweet_jax.report.shortfalls import Shortfall, describe_shortfall
+from sweet_jax.report.traces import loss_traces
 from sweet_jax.report.verdict import describe_training, verdict
 from sweet_jax.simulate import main as simulate_command
 
@@ -189,9 +190,9 @@ def test_page_and_simulate_command_choose_the_same_threshold(
             command = [f"--run={tmp_path / 'run'}", f"--policy={policy}", f"--{target}={value}"]
             assert simulate_command(command) == 0
             printed = capsys.readouterr().out
-            if printed.startswith("infeasible"):
-                (reachable,) = re.findall(r"reachable is (\S+ \S+) on the", printed)
-                assert shown == f"infeasible: the best reachable on calibration rows is {reachable}"
+            if "cannot be met" in printed:
+                (said,) = re.findall(r"cannot be met: .* rows is \S+ [.\d]+", printed)
+                assert shown == said
                 continue
             expected = re.findall(r"^threshold (\S+): .*; cost (\S+), accuracy (\S+) on", printed)
             actual = re.findall(r"^threshold (\S+); .*: cost (\S+), accuracy (\S+); ", shown)
@@ -204,7 +205,7 @@ def test_page_and_simulate_command_choose_the_same_threshold(
     assert feasible > 30
     set_value(browser, "policy", "entropy")
     assert request_target(browser, "cost", 0.1) == (
-        "infeasible: the best reachable on calibration rows is cost 0.2500"
+        "cannot be met: the best on the calibration rows is cost 0.2500"
     )
     assert severe_errors(browser) == []
 
@@ -225,7 +226,27 @@ def test_page_and_resolver_certify_the_same_thresholds(report, analysis, browser
             )
             assert f"certified with 95% confidence: {target} {point.reachable:.4f} at" in shown
             assert "cost {:.4f}, accuracy {:.4f}".format(*point.validation) in shown
-    assert "infeasible: the best certified is risk 0." in request_target(browser, "risk", 0.001)
+    assert "cannot be certified: the best is risk 0." in request_target(browser, "risk", 0.001)
+
+
+def test_page_and_simulate_command_refuse_a_cost_above_that_of_all_layers(
+    report, analysis, browser, tmp_path, capsys
+):
+    save_replica(analysis, analysis.best, tmp_path)
+    assert simulate_command([f"--run={tmp_path}", "--cost=5"]) == 2
+    said = "cost is a share of the full model's layers, which is at most 1"
+    assert f"error: cost=5 is set, but {said}: set that or less\n" == capsys.readouterr().err
+    browser.get((report[0] / "report.html").as_uri())
+    assert request_target(browser, "cost", 5) == said
+    assert request_target(browser, "cost", 1).startswith("threshold ")
+    outputs = [
+        dataclasses.replace(getattr(analysis, split), cost=np.asarray([0.25, 0.75, 1.75]))
+        for split in ("calibration", "validation")
+    ]  # as for Multi-Model
+    several = analyse(*outputs)
+    assert several.operating_point(0, {"cost": 1.75}).threshold is not None
+    with pytest.raises(UserError, match=r"which is at most 1\.75: set that or less"):
+        several.operating_point(0, {"cost": 1.8})
 
 
 def test_page_and_simulate_command_bound_the_error_of_a_regression_alike(browser, tmp_path, capsys):
@@ -236,9 +257,7 @@ def test_page_and_simulate_command_bound_the_error_of_a_regression_alike(browser
     browser.get((tmp_path / "report.html").as_uri())
     option = browser.find_element("css selector", "#target [value=error]").text
     assert option == "mean absolute error at most"
-    pattern = (
-        r"threshold (\S+?)[:;] .*cost (\S+), neg_mean_absolute_error ([-.\d]+).*?; ([.\d]+ \w+)"
-    )
+    pattern = r"threshold (\S+?)[:;] .*cost (\S+), mean absolute error ([.\d]+).*?; ([.\d]+ \w+)"
     for value in (0.3, 0.5):
         shown = request_target(browser, "error", value)
         assert simulate_command([f"--run={tmp_path}", f"--error={value}"]) == 0
@@ -247,16 +266,66 @@ def test_page_and_simulate_command_bound_the_error_of_a_regression_alike(browser
     legend = [key.text for key in browser.find_elements("css selector", "#curve .legend button")]
     assert "stable oracle" not in legend  # a regression has none
     assert "floor: exits at random" in legend
-    assert "infeasible: the best reachable on calibration rows is error " in (
+    assert "cannot be met: the best on the calibration rows is error " in (
         request_target(browser, "error", 0.001)
     )
+
+
+def test_errors_are_positive_and_have_one_name_wherever_people_read_them(tmp_path):
+    """results.json keeps the negated error, of which larger is better."""
+    analysis = regression_analysis()
+    results = build_results(REGRESSION, analysis, TrainingRecord(900))
+    best = results["best_replica"]
+    last = results["replicas"][best]["individual"][-1]
+    assert results["metric"] == "neg_mean_absolute_error"
+    assert last["score"] < 0
+    shown = f"{-last['score']:.4f}"
+    interval = f"{-last['interval'][1]:.4f}", f"{-last['interval'][0]:.4f}"
+    write_report(tmp_path / "report.html", analysis, results, [], {})
+    page = (tmp_path / "report.html").read_text()
+    kwargs = {"classes": ["y"], "text_columns": ["text"], "max_length": 32}
+    card = model_card(results, model_type="bert", **kwargs)
+    table = exit_table(results)
+    write_comparison(tmp_path / "compare.html", [("a", analysis), ("b", analysis)])
+    comparison = (tmp_path / "compare.html").read_text()
+    for text in (page, card, table, comparison):
+        assert "mean absolute error (lower is better)" in text
+        assert not re.search("neg.mean.absolute.error", text)
+    assert f"<td>{shown}</td>\n<td>{interval[0]} \N{EN DASH} {interval[1]}</td>" in page
+    assert f"| {shown} | {interval[0]} to {interval[1]} |" in card
+    assert re.search(rf"  4 .* {shown}  \[{interval[0]}, {interval[1]}\]", table)
+    data, charts = (
+        json.loads(re.search(rf'<script id="{name}" [^>]*>(.*?)</script>', page)[1])
+        for name in ("data", "charts")
+    )
+    assert min(data["policies"][best]["stability"]["curve"]["score"]) > 0
+    assert data["exits"][best][-1]["score"] == -last["score"]
+    assert min(min(bound["score"]) for bound in data["bounds"][best].values()) > 0
+    chart = json.loads(re.search(r'<script id="chart" [^>]*>(.*?)</script>', comparison)[1])
+    for shown_traces in (charts["curve"]["traces"], chart["traces"]):
+        assert min(value for trace in shown_traces for value in (*trace["y"], *trace["low"])) > 0
+    (axes,) = curve_figure(analysis, results).axes
+    assert axes.get_ylabel() == "mean absolute error (lower is better) (n = 60)"
+    assert axes.get_ylim()[0] > 0
+
+
+def test_comparison_shows_a_larger_error_as_a_positive_difference(tmp_path):
+    better = regression_analysis()
+    rows = better.validation
+    worse = dataclasses.replace(rows, logits=rows.logits + 3)
+    write_comparison(tmp_path / "compare.html", [("a", better), ("b", analyse(worse, worse))])
+    page = (tmp_path / "compare.html").read_text()
+    (gap, low, high) = re.search(r"<td>\+(\S+) \[\+(\S+), \+(\S+)\]</td>", page).groups()
+    assert 1 < float(low) < float(gap) < float(high) < 4
 
 
 def test_page_shows_certified_thresholds_oracles_and_the_seed_band(report, browser):
     browser.get((report[0] / "report.html").as_uri())
     text = browser.find_element("tag name", "body").text
     assert "Certified thresholds" in text
-    assert "infeasible: the best certified is" in text  # 1% of 100 rows
+    said = "The agreement oracle leaves at the first exit that predicts the same as the last exit."
+    assert said in text
+    assert "cannot be certified: the best is" in text  # 1% of 100 rows
     assert "right at the last exit, wrong earlier" in text
     points = {trace["name"]: len(trace["x"]) for trace in traces(browser, "curve")}
     assert points["stable oracle"] == 4  # three exits, and on to the full cost
@@ -352,6 +421,12 @@ def test_page_loads_nothing_from_the_network(report):
     without_scripts = page[: page.index("<script>")] + page[page.index("<body>") :]
     assert "http" not in without_scripts.replace("http://www.w3.org", "")
     assert "src=" not in without_scripts
+
+
+def test_training_losses_differ_by_more_than_their_color():
+    metrics = [{"training": "t", "step": step, "loss": [[1.0] * 3]} for step in range(3)]
+    lines = loss_traces(metrics, 0, {"t": (1, 2, 4)})
+    assert len({line.dash for line in lines}) == 3
 
 
 def test_figures_are_written_as_png_and_svg(report):
@@ -520,7 +595,7 @@ def test_diverged_regression_has_null_scores_and_complete_files(diverged, tmp_pa
         if not is_diverged[0, 2]:
             assert np.isfinite(resolver.threshold("stability", clock=clock, **target)[0])
             continue
-        with pytest.raises(UserError, match="infeasible: the training of this model diverged"):
+        with pytest.raises(UserError, match=r"^the training of this model diverged"):
             resolver.threshold("stability", clock=clock, **target)
 
 
@@ -625,7 +700,7 @@ def test_page_of_a_diverged_regression_runs_without_errors(tmp_path, browser):
     browser.get((tmp_path / "report.html").as_uri())
     assert browser.find_element("id", "at-score").text == "\N{EN DASH}"
     result = request_target(browser, "cost", 0.5)
-    assert result == "infeasible: the training of this replica diverged"
+    assert result == "cannot be met: the training of this replica diverged"
     assert browser.get_log("browser") == []
 
 

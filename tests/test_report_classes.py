@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import numpy as np
 import pytest
@@ -149,6 +150,23 @@ def test_class_metrics_equal_counts_at_the_operating_point(three_classes):
     assert rows["<class 2>"]["last"]["recall"] == pytest.approx(recall)
 
 
+def test_class_without_rows_has_dashes_and_comes_last(three_classes, tmp_path):
+    """No row has the first class, which is nevertheless predicted."""
+    rows = three_classes.validation
+    labels = np.maximum(rows.labels, 1)
+    analysis = analyse(three_classes.calibration, dataclasses.replace(rows, labels=labels))
+    *others, last = class_report(analysis, 0, 0.5)["classes"]
+    assert (last["name"], last["support"]) == ("<class 0>", 0)
+    assert [last["f1"], last["recall"], last["last"]["f1"], last["shares"]] == [None] * 4
+    assert all(row["f1"] > 0 for row in others)
+    results = build_results(CONFIG, analysis, TrainingRecord(100))
+    write_report(tmp_path / "report.html", analysis, results, [], {})
+    (line,) = re.findall(
+        r"<tr data-class=\"0\">.*?</tr>", (tmp_path / "report.html").read_text(), re.S
+    )
+    assert re.findall(r"<td[^>]*>(.*?)</td>", line) == ["0"] + ["\N{EN DASH}"] * 9
+
+
 def test_mistakes_are_sorted_by_confidence_and_suspects_by_all_exits(three_classes):
     exits, predictions = exits_and_predictions(three_classes)
     validation = three_classes.validation
@@ -197,8 +215,11 @@ def test_class_tables_of_the_page_follow_the_slider(tmp_path, browser, classes):
             assert int(support) == of_class.sum()
             values = correct / max(1, predicted.sum()), correct / max(1, of_class.sum())
             values += (2 * correct / max(1, predicted.sum() + of_class.sum()),)
-            assert [float(v) for v in (precision, recall, f1)] == pytest.approx(values, abs=6e-4)
-            if of_class.any():
+            shown = precision, recall, f1
+            if not of_class.any():
+                assert {*shown, *rest} == {"\N{EN DASH}"}
+            else:
+                assert [float(v) for v in shown] == pytest.approx(values, abs=6e-4)
                 shares = [100 * (exits[of_class] == e).mean() for e in range(3)]
                 shown_shares = [float(text.rstrip("%")) for text in rest[3:]]
                 assert shown_shares == pytest.approx(shares, abs=0.51)
@@ -214,6 +235,35 @@ def test_class_tables_of_the_page_follow_the_slider(tmp_path, browser, classes):
         assert len(pairs) == (0 if classes == 3 else 20)
         for cell, count in pairs:
             assert count == ((labels == cell // classes) & (predictions == cell % classes)).sum()
+
+
+def test_headings_of_the_confusion_matrix_keep_words_whole(three_classes, browser, tmp_path):
+    splits = [
+        dataclasses.replace(
+            rows,
+            identity=dataclasses.replace(
+                rows.identity, classes=("neutral", "appointment cancelled", "refund_not_showing_up")
+            ),
+        )
+        for rows in (three_classes.calibration, three_classes.validation)
+    ]
+    analysis = analyse(*splits)
+    results = build_results(CONFIG, analysis, TrainingRecord(100))
+    write_report(tmp_path / "report.html", analysis, results, [], {})
+    browser.get((tmp_path / "report.html").as_uri())
+    lines = browser.execute_script(
+        "return [...document.querySelectorAll('#matrix th')].flatMap(cell => {"
+        "  const text = cell.firstChild, words = [...text.data.matchAll(/\\w+/g)];"
+        "  return words.map(word => {"
+        "    const range = document.createRange();"
+        "    range.setStart(text, word.index);"
+        "    range.setEnd(text, word.index + word[0].length);"
+        "    return [word[0], range.getClientRects().length];"
+        "  });"
+        "})"
+    )
+    words = ["neutral", "appointment", "cancelled", "refund_not_showing_up"]
+    assert lines == [[word, 1] for word in ("label", "predicted", *words, *words)]
 
 
 def test_truncated_texts_are_counted_with_their_metric(three_classes, tmp_path):
@@ -237,7 +287,9 @@ def test_many_classes_have_a_list_of_confusions_instead_of_a_matrix():
     counts = [pair["count"] for pair in report["pairs"]]
     assert counts == sorted(counts, reverse=True)
     assert all(pair["label"] != pair["prediction"] for pair in report["pairs"])
-    assert [row["f1"] for row in report["classes"]] == sorted(r["f1"] for r in report["classes"])
+    known = [row["f1"] for row in report["classes"] if row["support"]]
+    assert known == sorted(known)
+    assert [row["f1"] for row in report["classes"]] == known + [None] * (77 - len(known))
 
 
 def test_multi_label_report_has_no_confusion_matrix(three_classes, tmp_path):

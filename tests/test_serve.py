@@ -1,5 +1,6 @@
 """Tests of the server: answers under load, status codes of errors, and shutdown."""
 
+import dataclasses
 import gc
 import http.client
 import itertools
@@ -13,6 +14,7 @@ import threading
 import time
 import weakref
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,10 +22,11 @@ import pytest
 from sweet_jax import AdaptiveClassifier
 from sweet_jax.config import from_mapping
 from sweet_jax.data.load import load_dataset
+from sweet_jax.objectives.regression import REGRESSION
 
 uvicorn = pytest.importorskip("uvicorn", reason='the server\'s packages: pip install -e ".[serve]"')
 from sweet_jax import serve  # noqa: E402 - after the packages it needs
-from sweet_jax.server.app import Limits, make_app  # noqa: E402 - likewise
+from sweet_jax.server.app import Limits, _describe_targets, make_app  # noqa: E402 - likewise
 from sweet_jax.server.worker import Worker  # noqa: E402 - likewise
 
 
@@ -228,7 +231,7 @@ def test_address_taken_while_model_loads_is_reported(classifier, monkeypatch, ca
         ({"texts": ["a"], "cost": "x"}, 400, "cost must be a number"),
         ({"texts": ["a"], "threshold": 1e300}, 400, "absolute value below 1,000,000; got 1e+300"),
         (b'{"texts": ["a"], "cost": NaN}', 400, "cost must be a number"),
-        ({"texts": ["a"], "cost": 0.01}, 400, "infeasible"),
+        ({"texts": ["a"], "cost": 0.01}, 400, "cost=0.01 cannot be met: the best on the"),
         ({"texts": ["a"], "level": 0.9}, 400, "also set risk or agreement"),
         (b'{"texts": ["\\ud800"]}', 400, "has an unpaired surrogate"),
         ({"texts": ["a"], "accuracy": 1.2}, 400, "accuracy must be from 0 to 1"),
@@ -380,13 +383,35 @@ def test_web_page_shows_prediction_and_exits(server, browser, classifier, texts)
     assert shown.startswith(f"{expected.labels[0]} ({100 * expected.probabilities.max():.1f}%)")
     assert "exited at layer 4, cost 1.000" in shown
     assert [row.get_attribute("class") for row in rows] == ["", "", "taken"]
-    assert [entry for entry in browser.get_log("browser") if "favicon" not in str(entry)] == []
+    options = browser.find_elements("css selector", "#target option")
+    assert {option.get_attribute("value"): option.text for option in options} == {
+        "": "the server's default",
+        "threshold": "confidence threshold",
+        "cost": "mean cost at most",
+        "accuracy": "accuracy at least",
+    }
+    assert browser.get_log("browser") == []
     browser.execute_script("fetch = async () => new Response('<h1>Proxy</h1>', {status: 502})")
     browser.find_element("id", "go").click()
     while not (results := browser.find_elements("css selector", "#result.error")):
         assert time.monotonic() < deadline
         time.sleep(0.05)
     assert results[0].text == "the server answered with status 502"
+
+
+def test_web_page_offers_the_targets_that_the_model_has(classifier, monkeypatch):
+    offered = _describe_targets(classifier)
+    assert offered["accuracy"] == "accuracy at least"
+    assert "error" not in offered
+    assert "milliseconds" not in offered
+    monkeypatch.setattr("sweet_jax.server.app.read_latency", lambda *_: object())
+    assert _describe_targets(classifier)["milliseconds"] == "mean milliseconds at most"
+    values = {"objective": REGRESSION, "metric": "neg_mean_absolute_error"}
+    model = dataclasses.replace(classifier.model, **values)
+    fields = {"model": model, "engine": classifier.engine, "policy": "stability"}
+    offered = _describe_targets(SimpleNamespace(**fields))
+    assert offered["error"] == "mean absolute error at most"
+    assert "accuracy" not in offered
 
 
 def wait_until_accepted(client, count: int) -> None:

@@ -193,7 +193,7 @@ def test_pairs_are_accepted_in_both_request_formats(pair_server):
         ({"inputs": ["word1", "word2", "word3"]}, 422, "Validation", "must be a text"),
         ({"inputs": "word1", "raw_scores": 1}, 422, "Validation", "raw_scores must be true"),
         ({"inputs": "word1", "truncation_direction": "up"}, 422, "Validation", "left or right"),
-        ({"inputs": "word1", "cost": 0.01}, 422, "Validation", "infeasible"),
+        ({"inputs": "word1", "cost": 0.01}, 422, "Validation", "cannot be met"),
         ({"inputs": [["word1"]] * 5}, 413, "Validation", "may have at most 4 texts"),
         ({"inputs": "a" * 301}, 413, "Validation", "may have at most 300 characters"),
     ],

@@ -47,6 +47,9 @@ def test_comparison_gives_every_run_its_own_color_and_dash(analysis, tmp_path):
     lines = [t for t in json.loads(chart)["traces"] if re.fullmatch(r"run \d+", t["name"])]
     assert len({(line["color"], line["dash"]) for line in lines}) == 12
     assert len({line["dash"] for line in lines[:4]}) == 4
+    bounds = [t for t in json.loads(chart)["traces"] if re.search(r"oracle|floor", t["name"])]
+    assert len(bounds) == 24
+    assert not {line["dash"] for line in lines} & {bound["dash"] for bound in bounds}
     assert json.loads(chart)["y"] == "accuracy"
 
 
@@ -76,7 +79,8 @@ def test_simulate_prints_the_operating_point_of_saved_outputs(runs, analysis):
     assert f"accuracy {point.validation[1]:.4f} on 300 validation rows" in completed.stdout
     completed = run_simulate(f"--run={runs[0]}", "--accuracy=0.999")
     assert completed.returncode == 0
-    assert "infeasible: the best reachable is accuracy 0." in completed.stdout
+    said = "accuracy 0.999 cannot be met: the best on the calibration rows is accuracy 0."
+    assert said in completed.stdout
     assert "exit   cost" in run_simulate(f"--run={runs[0]}").stdout
     completed = run_simulate(f"--run={runs[0]}", "--policy=pcee", "--accuracy=0.8")
     assert "threshold 0.8: cost" in completed.stdout
@@ -91,8 +95,8 @@ def test_simulate_prints_a_certificate_or_the_best_certifiable_target(runs):
         completed.stderr
     )
     completed = run_simulate(f"--run={runs[0]}", "--agreement=0.999", "--level=0.9")
-    assert "infeasible: the best certified is agreement 0." in completed.stdout
-    assert "requested: 0.999" in completed.stdout
+    said = "agreement 0.999 cannot be certified: the best is agreement 0."
+    assert said in completed.stdout
 
 
 def test_simulate_says_by_how_many_models_a_certificate_is_corrected(runs, capsys):
@@ -105,7 +109,7 @@ def test_simulate_says_by_how_many_models_a_certificate_is_corrected(runs, capsy
 
 
 @pytest.mark.parametrize(("target", "value"), [("cost", 0.1), ("accuracy", 0.999), ("error", 0.01)])
-def test_simulate_prints_the_closest_point_to_an_infeasible_target(
+def test_simulate_prints_the_closest_point_to_an_unreachable_target(
     runs, tmp_path, capsys, target, value
 ):
     """The printed numbers must be those of its threshold."""
@@ -114,21 +118,22 @@ def test_simulate_prints_the_closest_point_to_an_infeasible_target(
         folder = tmp_path
         save_replica(regression_analysis(), 0, folder)
     assert simulate_command([f"--run={folder}", f"--{target}={value}"]) == 0
-    infeasible, point = capsys.readouterr().out.split(", at ")
-    assert infeasible.startswith("infeasible: the best reachable is ")
+    refusal, point = capsys.readouterr().out.split(", at ")
+    assert refusal.startswith(f"{target} {value} cannot be met: the best on the calibration rows ")
     (threshold,) = re.findall(r"^threshold (\S+): cost ", point)
     assert simulate_command([f"--run={folder}", f"--threshold={threshold}"]) == 0
     assert capsys.readouterr().out.split(": ", 1)[1] == point.split(": ", 1)[1]
-    (reachable,) = re.findall(r"reachable is \S+ (\S+) on", infeasible)
+    (reachable,) = re.findall(r"rows is \S+ (\S+)$", refusal)
     assert reachable in point.split(" calibration rows")[0]
 
 
 @pytest.mark.parametrize(("target", "value"), [("risk", 0.01), ("agreement", 0.99)])
 def test_simulate_prints_the_point_of_the_best_certifiable_target(runs, capsys, target, value):
     assert simulate_command([f"--run={runs[0]}", f"--{target}={value}"]) == 0
-    infeasible = capsys.readouterr().out
-    (best,) = re.findall(rf"^infeasible: the best certified is {target} (\S+) with", infeasible)
-    threshold, numbers = infeasible.split("; at ")[1].split(" calibration rows: ")
+    refusal = capsys.readouterr().out
+    found = rf"^{target} {value} cannot be certified: the best is {target} (\S+) with"
+    (best,) = re.findall(found, refusal)
+    threshold, numbers = refusal.split("; at ")[1].split(" calibration rows: ")
     feasible = float(best) + (1e-4 if target == "risk" else -1e-4)  # it is rounded
     assert simulate_command([f"--run={runs[0]}", f"--{target}={feasible}"]) == 0
     certified = capsys.readouterr().out
@@ -139,7 +144,7 @@ def test_simulate_prints_the_point_of_the_best_certifiable_target(runs, capsys, 
 def test_simulate_help_explains_every_policy_and_target():
     text = run_simulate("--help").stdout
     for name, rule in POLICIES.items():
-        assert any(name in line and rule.about in line for line in text.splitlines())
+        assert f" {name} {rule.about} " in " ".join(text.split())
     for target in ("--cost", "--accuracy", "--threshold", "--risk", "--agreement", "--level"):
         assert f"  {target}" in text
 

@@ -190,6 +190,8 @@ def test_recommendation_states_selection_rule_and_time_of_slow_texts(trained_run
     )
     assert "estimated from each text's length and exit, the " in stdout
     text = recommend(folder, {"milliseconds": 1e6})
+    assert "95% intervals; times are means over these texts, each at its own length\n" in text
+    assert "the best accuracy within 1e+06 ms for a text of median length, or the cheap" in text
     assert re.search(r"ms on average in the model, and 95% of them at most .* ms: the budget", text)
     assert "the budget of 1e+06 ms on average is kept (0% of the texts take longer)" in text
     page = (folder / "report.html").read_text()
@@ -198,7 +200,8 @@ def test_recommendation_states_selection_rule_and_time_of_slow_texts(trained_run
 
 def test_infeasible_budget_is_answered_with_smallest_feasible_one(trained_run):
     text = recommend(trained_run[0], {"milliseconds": 1e-6})
-    assert text.startswith("no operating point meets the budget of 1e-06 ms; the smallest possible")
+    refused = "no operating point meets the budget of 1e-06 ms at the median length; the smallest "
+    assert text.startswith(refused)
     assert "recommended operating point" in text
     assert "--milliseconds" not in text
 
@@ -254,7 +257,8 @@ def test_cost_budget_is_at_most_the_cost_of_all_exits():
         (["a.csv", "--budget=0"], "got '0'"),
         (["a.csv", "--budget=5"], "at most 1: for milliseconds write --budget=5ms"),
         (["a.csv", "--workdir=a", "--output=b"], "--output and --workdir set the same directory"),
-        (["a.csv", "b.csv"], "unknown argument 'b.csv'"),
+        (["a.csv", "b.csv"], "unknown argument 'b.csv': write --config.KEY=VALUE"),
+        (["a.csv", "--buget=5ms"], "argument '--buget=5ms': did you mean '--budget'?"),
         (["--text=a"], "--text applies only to a run on a file: sweet-jax train FILE --text="),
         (["nowhere.csv"], "'nowhere.csv' does not exist"),
         (["https://a.org/b.csv"], "'https://a.org/b.csv' is a URL, which is not read: download it"),

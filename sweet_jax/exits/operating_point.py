@@ -94,7 +94,9 @@ def make_resolver(
         if halves is not None and half is not None and is_deployable(policy, calibration):
             losses[name] = _count_losses(policy, half, *halves)
     about = calibration.identity.objective, calibration.metric.name
-    return ThresholdResolver(calibrator, full, fronts, half, losses, compared, *about)
+    return ThresholdResolver(
+        calibrator, full, fronts, half, losses, compared, *about, float(calibration.cost[-1])
+    )
 
 
 def _count_losses(

@@ -29,6 +29,7 @@ from sweet_jax.exits.targets import DEFAULT_LEVEL, TargetTable, check_targets
 from sweet_jax.objectives import OBJECTIVES
 
 _ROUNDING = 1e-12  # tolerance for costs and metrics
+_PRINTED = 1e-5  # tolerance for a cost that was copied from a message
 # Under PCEE an accuracy is the threshold itself, so that tables list these values.
 _ACCURACIES = np.round(np.arange(200, -1, -1) / 200, 3)
 
@@ -61,6 +62,7 @@ class ThresholdResolver:
       compared: number of models among which these rows chose.
       objective, metric: names of the objective and metric; `as_dict` omits them for single-label
         classification.
+      largest_cost: cost of the last exit: 1, or more for Multi-Model; not in `as_dict`.
 
     """
 
@@ -72,6 +74,7 @@ class ThresholdResolver:
     compared: int = 1
     objective: str = "single_label"
     metric: str = ""
+    largest_cost: float = np.inf
 
     def threshold(
         self, policy: str, *, clock: np.ndarray | None = None, **targets: float | None
@@ -79,30 +82,31 @@ class ThresholdResolver:
         """Returns the threshold for a target, and the calibrator that the policy reads at it.
 
         Raises UserError as `resolve` does, and also if the target cannot be met; the message then
-        names the best reachable value.
+        has the best value that can.
         """
         resolution = self.resolve(policy, targets, clock)
         if resolution.threshold is not None:
             return resolution.threshold, resolution.calibrator
-        if resolution.certificate is not None:
-            kind, level = resolution.certificate.kind, resolution.certificate.level
-            raise UserError(
-                f"infeasible: the best certified is {kind} {resolution.reachable:.4f} with "
-                f"confidence {level:g}"
+        raise UserError(self._refusal(resolution, targets))
+
+    def _refusal(self, resolution: Resolution, targets: Mapping[str, float | None]) -> str:
+        """Describes a target without a threshold: the best value, and what to do."""
+        best, certificate = resolution.reachable, resolution.certificate
+        if certificate is None and np.isnan(best):
+            return (
+                "the training of this model diverged, so no threshold has a metric on the "
+                "calibration rows: train it with a smaller learning rate"
             )
-        if np.isnan(resolution.reachable):
-            raise UserError(
-                "infeasible: the training of this model diverged, so no threshold has a metric on "
-                "the calibration rows: train it with a smaller learning rate"
-            )
-        if targets.get("milliseconds") is not None:
-            best = f"{resolution.reachable:.2f} milliseconds"
+        given = ((k, v) for k, v in targets.items() if v is not None and k != "level")
+        name, value = next(given, ("accuracy", self.full))
+        shown = {"milliseconds": f"{best:.2f}", "error": f"{-best:.4g}"}.get(name, f"{best:.4f}")
+        change = f"{'lower' if name in ('accuracy', 'agreement') else 'raise'} {name}"
+        if certificate is None:
+            problem = f"met: the best on the calibration rows is {shown}"
         else:
-            name = "metric" if targets.get("cost") is None else "cost"
-            best = f"{name} {resolution.reachable:.4f}"
-            if targets.get("error") is not None:
-                best = f"error {-resolution.reachable:.4g}"
-        raise UserError(f"infeasible: the best reachable on the calibration rows is {best}")
+            problem = f"certified: the best is {shown} with confidence {certificate.level:g}"
+            change += ", or train with more calibration rows"
+        return f"{name}={value:g} cannot be {problem}; {change}"
 
     def resolve(
         self,
@@ -138,6 +142,11 @@ class ThresholdResolver:
             raise UserError(
                 f"this model was not calibrated for the policy {policy!r}: set policy to one of "
                 f"{', '.join(self.fronts)}"
+            )
+        if values.get("cost", 0) > self.largest_cost + _PRINTED:
+            raise UserError(
+                f"cost={values['cost']:g} is set, but cost is a share of the full model's layers, "
+                f"which is at most {self.largest_cost:g}: set that or less"
             )
         level = values.pop("level", DEFAULT_LEVEL)
         name, value = next(iter(values.items()), ("", self.full))
@@ -266,7 +275,9 @@ class ThresholdResolver:
         )
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "ThresholdResolver":
+    def from_dict(
+        cls, values: Mapping[str, Any], largest_cost: float = np.inf
+    ) -> "ThresholdResolver":
         """Restores a resolver from the result of `as_dict`."""
         certificates = values["certificates"] or {"fitted": None, "trials": {}}
         half = certificates["fitted"]
@@ -282,4 +293,5 @@ class ThresholdResolver:
             int(values["compared"]),
             values.get("objective", "single_label"),
             values.get("metric", ""),
+            largest_cost,
         )

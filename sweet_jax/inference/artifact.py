@@ -203,7 +203,7 @@ def _parse_exits(folder: Path, values: Mapping[str, Any]) -> dict[str, Any]:
         "max_length": int(values["max_length"]),
         "median_tokens": int(values["median_tokens"]),
         "long_tokens": int(values.get("long_tokens", 0)),  # missing in models of older releases
-        "resolver": ThresholdResolver.from_dict(values["dials"]),
+        "resolver": ThresholdResolver.from_dict(values["dials"], float(values["cost"][-1])),
         "networks": tuple(
             NetworkFiles(folder / m["folder"], tuple(m["exits"])) for m in values["models"]
         ),

@@ -77,7 +77,7 @@ class AdaptiveClassifier:
       rule: policy, threshold and calibrator, which decide when a text exits.
 
     Raises:
-      UserError: the policy is unknown, or the target is out of range or infeasible.
+      UserError: the policy is unknown, or the target is out of range or cannot be met.
 
     """
 
@@ -165,7 +165,7 @@ class AdaptiveClassifier:
           **target: see `Target`.
 
         Raises UserError, see `open_model`, `load_engine` and `ThresholdResolver.threshold`. Logs a
-        warning if an accuracy or error is out of reach under PCEE, where it is never infeasible,
+        warning if an accuracy or error is out of reach under PCEE, where it can always be set,
         and if no early exit reaches a finite threshold.
 
         """

@@ -21,6 +21,7 @@ from sweet_jax.exits.outputs import ExitOutputs, RunIdentity
 from sweet_jax.exits.resolver import ThresholdResolver
 from sweet_jax.exits.simulation import simulate
 from sweet_jax.inference.artifact import ModelArtifact
+from sweet_jax.objectives.objective import ShownMetric
 
 # Operating points to compare; the first is the model's default.
 _TARGETS: tuple[dict[str, float], ...] = (
@@ -220,11 +221,13 @@ def _read(
 
 def change_lines(changes: Mapping[str, Any]) -> Iterator[str]:
     """Yields the lines that report the result of `describe_changes`."""
-    metric = changes["metric"]
-    yield f"{'exit':>6} {metric:>9}  temperature, on {changes['rows']} rows"
+    metric = ShownMetric.of(changes["metric"])
+    width = max(9, len(metric.name))
+    yield f"{'exit':>6} {metric.name:>{width}}  temperature, on {changes['rows']} rows"
     for exit in changes["exits"]:
         before, now = ("none" if t is None else f"{t:.3f}" for t in exit["temperature"])
-        yield f"{exit['layer']:6d} {exit['metric']:9.4f}  {before} -> {now}"
+        value = metric.value(exit["metric"])
+        yield f"{exit['layer']:6d} {value:{width}.4f}  {before} -> {now}"
     for point in changes["operating_points"]:
         target = ", ".join(f"{name}={value:g}" for name, value in point["target"].items())
         yield f"{target or 'without a target'}:"
@@ -233,8 +236,8 @@ def change_lines(changes: Mapping[str, Any]) -> Iterator[str]:
             yield f"  {when:>6}: " + (
                 "no threshold meets it"
                 if values is None
-                else f"threshold {values['threshold']:.4f}, on these rows {metric} "
-                f"{values['metric']:.4f} at cost {values['cost']:.3f}"
+                else f"threshold {values['threshold']:.4f}, on these rows "
+                f"{metric.describe(values['metric'])} at cost {values['cost']:.3f}"
             )
 
 

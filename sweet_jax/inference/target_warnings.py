@@ -48,7 +48,7 @@ def _unreachable_metric(
 ) -> str | None:
     """Returns a warning of an accuracy or error that is PCEE's threshold, but out of reach.
 
-    Without PCEE such a target is infeasible, which is an error. Metrics such as F1, which are not a
+    Without PCEE such a target cannot be met, which is an error. Metrics such as F1, which are not a
     share of the rows, are not compared with an accuracy.
     """
     if not policy_rule(policy).curve:

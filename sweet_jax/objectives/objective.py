@@ -8,7 +8,7 @@ each, S statistics of a row, U statistics of a target.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -39,6 +39,40 @@ def correlation_standard_error(value: np.ndarray, rows: int) -> np.ndarray:
 def name_without_sign(metric: str) -> str:
     """Returns a metric's name without the "neg_" of a negated error, such as hamming_loss."""
     return metric.removeprefix("neg_")
+
+
+class ShownMetric(NamedTuple):
+    """Defines how a metric is shown to people: an error is positive, and lower is better."""
+
+    name: str
+    sign: int = 1  # -1 for a negated error
+
+    @classmethod
+    def of(cls, metric: str) -> "ShownMetric":
+        """Returns how the metric of some name is shown."""
+        name = name_without_sign(metric)
+        return cls(metric) if name == metric else cls(name.replace("_", " "), -1)
+
+    @property
+    def better(self) -> str:
+        """Returns a note for errors, otherwise ""."""
+        return " (lower is better)" if self.sign < 0 else ""
+
+    def value(self, value: Any) -> Any:
+        """Returns a number or array as it is shown; None, for an unknown value, stays None."""
+        return None if value is None else self.sign * value + 0.0  # no negative zero
+
+    def values(self, values: Iterable[float | None]) -> list[Any]:
+        """Returns values as they are shown."""
+        return [self.value(value) for value in values]
+
+    def interval(self, ends: Iterable[float | None]) -> list[Any]:
+        """Returns an interval as it is shown, its lower end first."""
+        return self.values(ends)[:: self.sign]
+
+    def describe(self, value: float) -> str:
+        """Returns the name and a value as they are shown, with four decimals."""
+        return f"{self.name} {self.value(value):.4f}"
 
 
 class TargetScaler(NamedTuple):

@@ -4,7 +4,8 @@
 // traces are those of traces.py. Returns {update(changes), traces}, also kept as element.chart.
 
 const SVG = "http://www.w3.org/2000/svg";
-const DASHES = {solid: "", dot: "1 4", dash: "6 4", dashdot: "8 3 1 3"};
+const DASHES = {solid: "", dot: "1 4", dash: "6 4", dashdot: "8 3 1 3", longdash: "14 5",
+  dashdotdot: "10 4 1 4 1 4"};
 const MARKS = {  // paths of radius 1
   circle: "M-1 0a1 1 0 1 0 2 0a1 1 0 1 0 -2 0Z",
   ring: "M-1 0a1 1 0 1 0 2 0a1 1 0 1 0 -2 0Z",

@@ -15,7 +15,9 @@ from sweet_jax.report.traces import (
     Trace,
     baseline_traces,
     bound_traces,
+    metric_title,
     operating_point_traces,
+    with_shown_metric,
 )
 
 COST_AXIS = "share of the full model's layers"
@@ -64,14 +66,10 @@ def curve_chart(
         pairs = zip((row["cost"] for row in exits), times.milliseconds.tolist(), strict=True)
         title = f"milliseconds until each exit, a text of {times.tokens} tokens"
         options["top"] = {"title": title, "points": [list(pair) for pair in pairs]}
-    metric = results["metric"].replace("_", " ")
-    return make_chart(
-        f"{metric} against {COST_AXIS}",
-        COST_AXIS,
-        metric,
-        [
-            *(curve, *operating_point_traces(results), recommended, slider),
-            *(*bound_traces(results), *baselines, band),
-        ],
-        **options,
-    )
+    metric = metric_title(results["metric"])
+    traces = [
+        *(curve, *operating_point_traces(results), recommended, slider),
+        *(*bound_traces(results), *baselines, band),
+    ]
+    shown = with_shown_metric(traces, results["metric"])
+    return make_chart(f"{metric} against {COST_AXIS}", COST_AXIS, metric, shown, **options)

@@ -39,8 +39,9 @@ def class_report(
     Returns:
       None if the outputs are not classes or labels, otherwise a dict:
       "classes" lists the number, name, support, precision, recall, f1 and shares of each class
-      (shares: of its rows that leave at each exit, None without rows), and under "last" the
-      precision, recall and f1 of the last exit; smallest f1 first.
+      (shares: of its rows that leave at each exit), and under "last" the precision, recall and f1
+      of the last exit; smallest f1 first. For a class without validation rows they are None, and it
+      comes last.
       "matrices" holds the confusion matrices at the threshold and of the last exit as lists (rows:
       labels); None for many classes and for multi-label classification.
       "pairs" lists the cell (its index in the flattened matrix), label, prediction, count and last
@@ -169,14 +170,14 @@ def _class_rows(
     rows = []
     for c, name in enumerate(names):
         has = labels == c if labels.ndim == 1 else labels[:, c]
-        taken = np.bincount(exits[has], minlength=count)  # [E]
+        taken, some = np.bincount(exits[has], minlength=count), bool(has.any())  # [E]
         rows.append(
             {"number": c, "name": name, "support": int(point[3][c])}
-            | {key: float(point[k][c]) for k, key in enumerate(keys)}
-            | {"last": {key: float(last[k][c]) for k, key in enumerate(keys)}}
-            | {"shares": (taken / taken.sum()).tolist() if taken.sum() else None}
+            | {key: float(point[k][c]) if some else None for k, key in enumerate(keys)}
+            | {"last": {key: float(last[k][c]) if some else None for k, key in enumerate(keys)}}
+            | {"shares": (taken / taken.sum()).tolist() if some else None}
         )
-    return sorted(rows, key=lambda row: row["f1"])
+    return sorted(rows, key=lambda row: np.inf if row["f1"] is None else row["f1"])
 
 
 def _calibration_rows(rows: ExitOutputs, temperature: float) -> list[dict[str, Any]]:

@@ -14,10 +14,20 @@ from sweet_jax.exits.analysis import Analysis
 from sweet_jax.exits.bootstrap import bootstrap_areas, mean_between
 from sweet_jax.exits.metrics import TAILS
 from sweet_jax.files import write_text
+from sweet_jax.objectives.objective import ShownMetric
 from sweet_jax.report.charts import COST_AXIS, make_chart
 from sweet_jax.report.page import ENVIRONMENT, read_script
 from sweet_jax.report.results import bound_curve, bound_kinds
-from sweet_jax.report.traces import BOUNDS, Trace, common_curves, exit_color, line_dash, seed_band
+from sweet_jax.report.traces import (
+    BOUNDS,
+    Trace,
+    common_curves,
+    exit_color,
+    line_dash,
+    metric_title,
+    seed_band,
+    with_shown_metric,
+)
 
 _TITLE = "sweet_jax: runs compared"
 _SEED_DRAWS = 20  # draws of seeds for each draw of rows
@@ -48,6 +58,8 @@ def write_comparison(path: Path, runs: Sequence[tuple[str, Analysis]]) -> None:
     traces: list[Trace | None] = []
     costs, gaps = shared_costs(runs), area_differences(runs)
     rows = []
+    of_all = runs[0][1].validation.identity.metric  # all runs have the same
+    shown, title = ShownMetric.of(of_all), metric_title(of_all)
     for number, (name, analysis) in enumerate(runs):
         color, identity = exit_color(number), analysis.validation.identity
         cost, each = common_curves(analysis)  # [T], [R', T]
@@ -57,29 +69,38 @@ def write_comparison(path: Path, runs: Sequence[tuple[str, Analysis]]) -> None:
             traces.append(Trace(f"{name}: one exit", color, *at, symbol="diamond", size=12))
         else:
             points = cost.tolist(), mean.tolist()
-            traces += [Trace(name, color, *points, dash=line_dash(number, each=True), width=2.5)]
+            traces += [Trace(name, color, *points, dash=line_dash(number), width=2.5)]
             traces += [seed_band(analysis, color), *_bounds(name, analysis, color, cost)]
         rows.append(
             {
                 "name": name,
-                **{key: getattr(identity, key) for key in ("task", "method", "metric")},
+                **{key: getattr(identity, key) for key in ("task", "method")},
+                "metric": shown.name + shown.better,
                 "seeds": len(each),
                 "n": analysis.validation.labels.shape[1],
-                "area": None if costs is None else float(_areas(analysis, costs).mean()),
-                "difference": gaps[number],
-                "first": float(each[:, 0].mean()),
-                "last": float(each[:, -1].mean()),
+                "area": None if costs is None else shown.value(_areas(analysis, costs).mean()),
+                "difference": _shown_difference(gaps[number], shown),
+                "first": shown.value(each[:, 0].mean()),
+                "last": shown.value(each[:, -1].mean()),
             }
         )
-    metric = runs[0][1].validation.identity.metric.replace("_", " ")  # all runs have the same
     page = ENVIRONMENT.get_template("comparison.html").render(
         title=_TITLE,
         rows=rows,
         costs=costs,
         scripts={"charts": read_script("charts")},
-        chart=make_chart(f"{metric} against cost", COST_AXIS, metric, traces),
+        chart=make_chart(
+            f"{title} against cost", COST_AXIS, title, with_shown_metric(traces, of_all)
+        ),
     )
     write_text(path, page)
+
+
+def _shown_difference(
+    gap: tuple[float, float, float] | None, metric: ShownMetric
+) -> list[float] | None:
+    """Returns a difference and its interval as they are shown; None stays None."""
+    return None if gap is None else [metric.value(gap[0]), *metric.interval(gap[1:])]
 
 
 def shared_costs(runs: Sequence[tuple[str, Analysis]]) -> tuple[float, float] | None:

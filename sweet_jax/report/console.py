@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sweet_jax.objectives.objective import name_without_sign
+from sweet_jax.objectives.objective import ShownMetric, name_without_sign
 from sweet_jax.report.baselines import baseline_title
 
 
@@ -28,6 +28,7 @@ def exit_table(results: Mapping[str, Any]) -> str:
             f"best of {len(results['replicas'])} replicas by area on {rows} rows: seed "
             f"{replica['seed']}, learning rate {replica['learning_rate']:g}"
         )
+    own = ShownMetric.of(metric)
     lines = exit_lines(replica["individual"], metric)
     lines += baseline_lines(results.get("baselines", {}), metric)
     keep = replica["full_score"]
@@ -35,15 +36,16 @@ def exit_table(results: Mapping[str, Any]) -> str:
         cost, value = keep["validation"]
         shown = keep.get("text", keep["threshold"])  # results of older versions have no text
         lines.append(
-            f"threshold {shown}, the cheapest that kept full {metric} on "
-            f"{results['n']['calibration']} {fitted_rows(results)}: {format_number(value)} at cost "
-            f"{cost:.3f} on {results['n']['validation']} validation rows (last exit "
-            f"{format_number(replica['individual'][-1]['score'])})"
+            f"threshold {shown}, the cheapest that kept full {own.name} on "
+            f"{results['n']['calibration']} {fitted_rows(results)}: "
+            f"{format_number(own.value(value))} at cost {cost:.3f} on "
+            f"{results['n']['validation']} validation rows (last exit "
+            f"{format_number(own.value(replica['individual'][-1]['score']))})"
         )
     if len(mean["seeds"]) > 1:
         pairs = zip(mean["individual"], results["ci95"]["individual"], strict=True)
         scores = ", ".join(
-            f"{m['layer']}: {format_number(m['score'])} ± {format_number(c['score'])}"
+            f"{m['layer']}: {format_number(own.value(m['score']))} ± {format_number(c['score'])}"
             for m, c in pairs
         )
         lines.append(
@@ -55,7 +57,9 @@ def exit_table(results: Mapping[str, Any]) -> str:
 
 def exit_lines(rows: Sequence[Mapping[str, Any]], metric: str) -> list[str]:
     """Formats the result of `individual_exits`, under a heading."""
-    return _table("exit", [(str(row["layer"]), row) for row in rows], metric, ">")
+    shown = ShownMetric.of(metric)
+    note = [f"{shown.name}{shown.better}:"] if shown.better else []
+    return note + _table("exit", [(str(row["layer"]), row) for row in rows], metric, ">")
 
 
 def baseline_lines(rows: Mapping[str, Mapping[str, Any]], metric: str) -> list[str]:
@@ -68,17 +72,21 @@ def _table(
     title: str, rows: Sequence[tuple[str, Mapping[str, Any]]], metric: str, align: str
 ) -> list[str]:
     width = max(5, len(title), *(len(name) for name, _ in rows))
-    wide = max(9, len(metric))
-    intervals = ["[{}, {}]".format(*map(format_number, row["interval"])) for _, row in rows]
+    shown = ShownMetric.of(metric)
+    wide = max(9, len(shown.name))
+    ends_of = (shown.interval(row["interval"]) for _, row in rows)
+    intervals = ["[{}, {}]".format(*map(format_number, pair)) for pair in ends_of]
     ends = max(16, *map(len, intervals))
     others = other_measures(rows[0][1], metric)
     lines = [
-        f"{title:{align}{width}} {'cost':>6} {metric:>{wide}}  {'95% interval':<{ends}} {'n':>5}"
+        f"{title:{align}{width}} {'cost':>6} {shown.name:>{wide}}  {'95% interval':<{ends}} "
+        + f"{'n':>5}"
         + "".join(f"  {name}" for name in others)
     ]
     for (name, row), interval in zip(rows, intervals, strict=True):
+        value = format_number(shown.value(row["score"]))
         lines.append(
-            f"{name:{align}{width}} {row['cost']:>6.3f} {format_number(row['score']):>{wide}}  "
+            f"{name:{align}{width}} {row['cost']:>6.3f} {value:>{wide}}  "
             f"{interval:<{ends}} {row['n']:>5}"
             + "".join(f"  {format_number(row['measures'][o]):>{len(o)}}" for o in others)
         )

@@ -3,13 +3,14 @@
 Shape letters: E exit.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sweet_jax.exits.analysis import Analysis
 from sweet_jax.exits.bootstrap import bootstrap_curve
 from sweet_jax.files import atomic_write
+from sweet_jax.objectives.objective import ShownMetric
 from sweet_jax.report.traces import (
     LOSS_AXES,
     RELIABILITY_AXES,
@@ -18,9 +19,11 @@ from sweet_jax.report.traces import (
     bound_traces,
     exit_color,
     loss_traces,
+    metric_title,
     operating_point_traces,
     reliability_traces,
     seed_band,
+    with_shown_metric,
 )
 
 if TYPE_CHECKING:
@@ -39,7 +42,15 @@ _MARKERS = {
     "star": "*",
     "cross": "P",
 }
-_DASHES = {"": "", "solid": "-", "dot": ":", "dash": "--", "dashdot": "-."}
+_DASHES = {
+    "": "",
+    "solid": "-",
+    "dot": ":",
+    "dash": "--",
+    "dashdot": "-.",
+    "longdash": (0, (9, 3)),
+    "dashdotdot": (0, (6, 2, 1, 2, 1, 2)),
+}
 
 
 def write_figures(
@@ -77,23 +88,27 @@ def curve_figure(analysis: Analysis, results: Mapping[str, Any]) -> "Figure":
     The figure shows the best replica's exact curve, its single exits, the paper's grid, the band of
     several seeds, the bounds and the baselines.
     """
+    shown = ShownMetric.of(results["metric"])
     figure, axes = _figure(
         f"{results['task']}, {results['method']}",
         "cost (share of the full model's layers)",
-        f"{results['metric']} (n = {results['n']['validation']})",
+        f"{metric_title(results['metric'])} (n = {results['n']['validation']})",
     )
     best, curve = results["best_replica"], analysis.curve
-    (line,) = axes.step(curve.cost[best], curve.score[best], where="post", color="#21918c", lw=2)
+    values = shown.value(curve.score[best])
+    (line,) = axes.step(curve.cost[best], values, where="post", color="#21918c", lw=2)
     line.set(zorder=3, label="every threshold, 95% band over rows")
     if (seeds := seed_band(analysis)) is not None:
-        area = axes.fill_between(seeds.x, seeds.low, seeds.y, color="#bbbbbb", alpha=0.6, lw=0)
+        low, high = shown.values(seeds.low), shown.values(seeds.y)
+        area = axes.fill_between(seeds.x, low, high, color="#bbbbbb", alpha=0.6, lw=0)
         area.set_label(seeds.name)
     rows = analysis.validation.replica(best)
     band = bootstrap_curve(rows, analysis.policy, calibrators=[analysis.calibrators[best]])
-    low, high = band.score_interval[0].T
+    low, high = shown.value(band.score_interval[0]).T
     axes.fill_between(band.cost[0], low, high, color="#21918c", alpha=0.12, lw=0)
     baselines = baseline_traces(results)
-    _plot(axes, [*operating_point_traces(results), *bound_traces(results), *baselines])
+    traces = [*operating_point_traces(results), *bound_traces(results), *baselines]
+    _plot(axes, with_shown_metric(traces, results["metric"]), max if shown.sign > 0 else min)
     if baselines:
         axes.set_xlim(left=0)
     # Inside the axes, the legend would cover the markers of baselines.
@@ -102,13 +117,18 @@ def curve_figure(analysis: Analysis, results: Mapping[str, Any]) -> "Figure":
     return figure
 
 
-def _plot(axes: "Axes", traces: Sequence[Trace]) -> None:
-    """Draws traces, with markers above lines; traces far below the others only have a legend."""
-    for trace in traces:
+def _plot(
+    axes: "Axes", traces: Iterable[Trace | None], best: Callable[[Iterable[float]], float] = max
+) -> None:
+    """Draws traces, with markers above lines; traces far below the others only have a legend.
+
+    best: function that returns the best of some values, which that legend names.
+    """
+    for trace in filter(None, traces):
         points: tuple[Sequence[float], Sequence[float]] = (trace.x, trace.y)
         label = trace.name
         if trace.far:
-            points, label = ([], []), f"{trace.name}: {max(trace.y):.3f}"
+            points, label = ([], []), f"{trace.name}: {best(trace.y):.3f}"
         axes.plot(
             *points,
             label=label,
@@ -146,15 +166,16 @@ def exits_figure(results: Mapping[str, Any]) -> "Figure":
 
     An exit that diverged has no marker but keeps its tick.
     """
-    metric = f"{results['metric']} (n = {results['n']['validation']})"
+    shown = ShownMetric.of(results["metric"])
+    metric = f"{metric_title(results['metric'])} (n = {results['n']['validation']})"
     figure, axes = _figure("each exit alone, 95% interval over rows", "", metric)
     rows = results["replicas"][results["best_replica"]]["individual"]
     for e, row in enumerate(rows):
         if row["score"] is None:  # it diverged
             continue
-        low, high = row["interval"]
-        bars = [[max(0.0, row["score"] - low)], [max(0.0, high - row["score"])]]
-        axes.errorbar([e], [row["score"]], bars, fmt="o", color=exit_color(e), capsize=4)
+        value, (low, high) = shown.value(row["score"]), shown.interval(row["interval"])
+        bars = [[max(0.0, value - low)], [max(0.0, high - value)]]
+        axes.errorbar([e], [value], bars, fmt="o", color=exit_color(e), capsize=4)
     axes.set_xticks(range(len(rows)), [f"exit {row['layer']}" for row in rows])
     return figure
 

@@ -13,6 +13,7 @@ import numpy as np
 from sweet_jax.exits.analysis import Analysis
 from sweet_jax.exits.simulation import read_curve
 from sweet_jax.files import atomic_write
+from sweet_jax.objectives.objective import ShownMetric
 from sweet_jax.report.details import ReportDetails, recommended_threshold
 from sweet_jax.report.figures import curve_figure
 from sweet_jax.report.verdict import describe_training, verdict
@@ -64,7 +65,7 @@ def draw_first_screen(
     figure = curve_figure(analysis, results)
     (axes,) = figure.axes
     row = read_curve(analysis.curve, np.asarray([threshold]))
-    point = row.cost[best, 0], row.score[best, 0]
+    point = row.cost[best, 0], ShownMetric.of(results["metric"]).value(row.score[best, 0])
     axes.plot(*point, "o", color="#c0392b", fillstyle="none", markersize=12, markeredgewidth=2)
     if details.times is not None and len(analysis.validation.cost) > 1:
         above = axes.secondary_xaxis("top")  # see `curve_chart`

@@ -8,6 +8,7 @@ from typing import Any
 import jinja2
 
 from sweet_jax.objectives.label_checks import cut_label
+from sweet_jax.objectives.objective import ShownMetric
 from sweet_jax.report.console import format_number
 from sweet_jax.report.shortfalls import keeps_encoder
 
@@ -28,12 +29,15 @@ def model_card(
     """
     layers, checkpoint = [str(layer) for layer in results["exits"]], results["checkpoint"]
     on_hub = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", checkpoint) and not Path(checkpoint).exists()
+    shown = ShownMetric.of(results["metric"])
     environment = jinja2.Environment(
         trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, autoescape=False
     )
     environment.filters |= {"number": format_number, "inline": _inline}
     return environment.from_string(_TEMPLATE.read_text(encoding="utf-8")).render(
         results=results,
+        metric=shown.name + shown.better,
+        shown=shown,
         unchanged=keeps_encoder(results),
         best=results["replicas"][results["best_replica"]],
         base_model=checkpoint if on_hub else "",

@@ -26,17 +26,22 @@ function showTarget() {
   const table = policy().targets[name], target = Number(element("target-value").value);
   const certified = name === "risk" || name === "agreement";
   if (!table) {
-    output.textContent = "infeasible: this policy cannot be certified";
+    output.textContent = "cannot be met: thresholds of this policy cannot be certified";
+    return;
+  }
+  const most = data.exits[replica].at(-1).cost;
+  if (name === "cost" && target > most + 1e-5) {  // as in resolver.py
+    output.textContent = `cost is a share of the full model's layers, which is at most ${Number(most.toFixed(5))}`;
     return;
   }
   const row = lookUp(table, target);
   if (row < 0) {
     if (!table.value.length) {
-      output.textContent = "infeasible: the training of this replica diverged";
+      output.textContent = "cannot be met: the training of this replica diverged";
       return;
     }
     const best = `${name === "accuracy" ? data.metric : name} ${table.best[0].toFixed(4)}`;
-    output.textContent = `infeasible: the best ${certified ? "certified" : "reachable on calibration rows"} is ${best}`;
+    output.textContent = `cannot be ${certified ? "certified: the best" : "met: the best on the calibration rows"} is ${best}`;
     return;
   }
   const source = certified ? table : policy().curve, at = certified ? row : table.at[row];
@@ -52,7 +57,7 @@ function showTarget() {
     words = `certified with 95% confidence: ${name} ${table.reached[row].toFixed(4)} at ${words} ` +
       "(for confidences fitted on half of the calibration rows)";
   } else if (name !== "accuracy" || data.metric === "accuracy") {
-    const gap = ({cost, error: -metric}[name] ?? metric) - target;
+    const gap = (name === "cost" ? cost : metric) - target;
     const digits = Math.abs(gap).toFixed(4);
     const difference = Number(digits) === 0 ? "at" : `${digits} ${gap < 0 ? "below" : "above"}`;
     words += `; ${difference} the target`;
@@ -144,7 +149,7 @@ function classTables(rows) {
     for (const [c, row] of lines) {
       const right = matrix[c * classes + c], precision = share(right, given[c]), recall = share(right, support[c]);
       const f1 = share(2 * right, given[c] + support[c]);
-      [precision, recall, f1].forEach((value, k) => write(row[2 + k], value.toFixed(3)));
+      [precision, recall, f1].forEach((value, k) => write(row[2 + k], support[c] ? value.toFixed(3) : "–"));
       for (let e = 0; e < exits; e++) {
         write(row[8 + e], support[c] ? `${(100 * taken[c * exits + e] / support[c]).toFixed(0)}%` : "–");
       }

@@ -16,6 +16,7 @@ from sweet_jax.exits.intervals import score_interval
 from sweet_jax.exits.metrics import compute_metric
 from sweet_jax.exits.policies import policy_rule
 from sweet_jax.files import replace_nonfinite, write_text
+from sweet_jax.objectives.objective import ShownMetric
 from sweet_jax.report.baselines import baseline_title
 from sweet_jax.report.charts import curve_chart, make_chart
 from sweet_jax.report.classes import class_report, describe_never_predicted
@@ -81,7 +82,7 @@ def write_report(
 
     """
     details = details or ReportDetails()
-    best, metric = results["best_replica"], results["metric"]
+    best, shown = results["best_replica"], ShownMetric.of(results["metric"])
     threshold, met = recommended_threshold(analysis, best, details)
     reliability = reliability_traces(analysis, best)
     charts = {
@@ -100,11 +101,13 @@ def write_report(
         trained=describe_training(results, len(analysis.validation.identity.classes)),
         verdict=verdict(analysis, results, best, threshold, details),
         fitted=fitted_rows(results),
-        asked=_describe_target(details.target if met else {}, metric),
-        unmet=None if met else _describe_target(details.target, metric),
+        metric=shown.name.replace("_", " "),
+        shown=shown,
+        asked=_describe_target(details.target if met else {}, shown.name),
+        unmet=None if met else _describe_target(details.target, shown.name),
         **_warnings(analysis, results, threshold),
         raised=_raised_errors(results),
-        measures=other_measures(results["replicas"][best]["individual"][0], metric),
+        measures=other_measures(results["replicas"][best]["individual"][0], results["metric"]),
         temperatures=analysis.validation.objective.categorical is not None,
         baselines={baseline_title(name): row for name, row in results.get("baselines", {}).items()},
         policies={name: policy_rule(name).about for name in policies[best]},
@@ -145,6 +148,7 @@ def _page_data(
 ) -> dict[str, Any]:
     """Returns the data that page.js reads."""
     best, validation = results["best_replica"], analysis.validation
+    metric, replicas = ShownMetric.of(results["metric"]), results["replicas"]
     rows = row_series(validation.replica(best), analysis.resolver(best), policies[best])
     shown = [
         {name: {k: v for k, v in one.items() if k != "positions"} for name, one in each.items()}
@@ -152,17 +156,30 @@ def _page_data(
     ]
     return {
         "policies": shown,
-        "metric": results["metric"],
+        "metric": metric.name,
         "milliseconds": details.times and details.times.milliseconds.tolist(),
         "best": best,
-        "exits": [r["individual"] for r in results["replicas"]],
-        "grids": [r["grid"] for r in results["replicas"]],
-        "bounds": [r["bounds"] for r in results["replicas"]],
+        "exits": [[_shown_point(row, metric) for row in r["individual"]] for r in replicas],
+        "grids": [_shown_points(r["grid"], metric) for r in replicas],
+        "bounds": [
+            {name: _shown_points(bound, metric) for name, bound in r["bounds"].items()}
+            for r in replicas
+        ],
         "bound_names": list(BOUNDS),
         "classes": len(validation.identity.classes),
         "classes_at": _AT.format(results["n"]["validation"]),
         "rows": rows,
     }
+
+
+def _shown_point(row: Mapping[str, Any], metric: ShownMetric) -> dict[str, Any]:
+    """Returns a row of results.json with its metric as it is shown."""
+    return {**row, "score": metric.value(row["score"])}
+
+
+def _shown_points(points: Mapping[str, Any], metric: ShownMetric) -> dict[str, Any]:
+    """Returns points of results.json with their metrics as they are shown."""
+    return {**points, "score": metric.values(points["score"])}
 
 
 def _describe_target(target: Mapping[str, float], metric: str) -> str:
@@ -237,10 +254,11 @@ def _describe_cut(
     rows = analysis.validation.replica(replica)
     exits, labels = analysis.exits_taken(replica, threshold), rows.labels[0]
     predicted = rows.predictions[0][exits, np.arange(len(exits))]  # [N, ...]
-    parts = []
+    parts, shown = [], ShownMetric.of(rows.metric.name)
     for name, use in (("truncated texts", cut), ("other texts", ~cut)):
         if use.any():
             arguments = rows.metric, predicted[use], labels[use], rows.logits.shape[-1]
-            score, interval = compute_metric(*arguments), score_interval(*arguments)
+            score = shown.value(compute_metric(*arguments))
+            interval = shown.interval(score_interval(*arguments))
             parts.append({"name": name, "n": int(use.sum()), "score": score, "interval": interval})
     return {"rows": int(cut.sum()), "max_length": details.max_length, "parts": parts}

@@ -19,6 +19,7 @@ from sweet_jax.exits.resolver import Resolution, reads_curve
 from sweet_jax.exits.simulation import Curve, read_curve, simulate
 from sweet_jax.exits.targets import TargetTable
 from sweet_jax.exits.thresholds import format_threshold, format_thresholds
+from sweet_jax.objectives.objective import ShownMetric
 
 _LIMITS = (0.01, 0.02, 0.05, 0.1)  # limits on the share of harmed examples that are certified
 _POINTS, _POINTS_OF_OTHERS = 2000, 200  # points of a curve, for the run's own policy and for others
@@ -39,14 +40,15 @@ def policy_series(
         included, with as few points as other policies.
 
     Returns:
-      A dict for each policy. "curve" holds the thresholds (as text), cost, score (the metric) and
-      shares on the validation rows at each position of the slider: at most 2,000 distinct
-      thresholds for the run's own policy and 200 for others, and those of the targets. "positions"
-      holds these thresholds as numbers, "start" is the initial position of the slider, and
-      "targets" has a table for each kind of target, see `_target_series`.
+      A dict for each policy. "curve" holds the thresholds (as text), cost, score (the metric as it
+      is shown) and shares on the validation rows at each position of the slider: at most 2,000
+      distinct thresholds for the run's own policy and 200 for others, and those of the targets.
+      "positions" holds these thresholds as numbers, "start" is the initial position of the slider,
+      and "targets" has a table for each kind of target, see `_target_series`.
 
     """
     own, validation = analysis.policy, analysis.validation.replica(replica)
+    metric = ShownMetric.of(validation.metric.name)
     others = [name for name in deployable_policies(validation) if name != own] if every else []
     resolver = analysis.resolver(replica, (own, *others))
     series = {}
@@ -71,7 +73,7 @@ def policy_series(
             "curve": {
                 "threshold": format_thresholds(at, points),
                 "cost": _rounded(curve.cost[0]),
-                "score": _rounded(curve.score[0]),
+                "score": _rounded(metric.value(curve.score[0])),
                 "shares": curve.shares[0].round(4).tolist(),
             },
             "positions": at,
@@ -132,6 +134,7 @@ def _certified_series(
     if half is None or policy not in resolver.losses:
         return {}
     validation = analysis.validation.replica(replica)
+    metric = ShownMetric.of(validation.metric.name)
     exact = simulate(validation, policy, calibrators=[half])
     points = row_breakpoints(
         analysis.calibration.replica(replica), validation, policy, half, cross_fitted=False
@@ -143,7 +146,7 @@ def _certified_series(
         series[kind] = _target_series(table) | {
             "threshold": format_thresholds(table.threshold, points),
             "cost": _rounded(curve.cost[0]),
-            "score": _rounded(curve.score[0]),
+            "score": _rounded(metric.value(curve.score[0])),
         }
     return series
 

@@ -13,7 +13,7 @@ from sweet_jax.exits.intervals import paired_difference, score_interval
 from sweet_jax.exits.metrics import compute_metric
 from sweet_jax.exits.outputs import ExitOutputs
 from sweet_jax.methods import METHODS
-from sweet_jax.objectives.objective import name_without_sign
+from sweet_jax.objectives.objective import ShownMetric
 from sweet_jax.report.baselines import Baseline, baseline_title
 
 _TOLERANCE = 1e-9  # for costs that differ only by rounding, such as 2 / 12 and 1 / 6
@@ -111,8 +111,8 @@ def describe_shortfall(finding: Shortfall, results: Mapping[str, Any]) -> str:
 
 def _shown_metric(metric: str) -> tuple[str, str, int]:
     """Returns a metric's name, the word for worse and the sign, as shown: errors are positive."""
-    name = name_without_sign(metric)
-    return (metric, "below", 1) if name == metric else (name.replace("_", " "), "above", -1)
+    name, sign = ShownMetric.of(metric)
+    return name, "below" if sign > 0 else "above", sign
 
 
 def _advice(finding: Shortfall, results: Mapping[str, Any]) -> str:

@@ -4,7 +4,7 @@ Shape letters: E exit, T points, R' replicas of the chosen learning rate.
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,11 +16,12 @@ from sweet_jax.exits.reliability import (
     reliability_diagram,
     shares_right,
 )
+from sweet_jax.objectives.objective import ShownMetric
 from sweet_jax.report.baselines import baseline_title
 
 # Viridis from dark to light for exits in order of depth, distinguishable without color vision.
 _COLORS = ("#440154", "#3b528b", "#21918c", "#2f8f3a", "#8f8500", "#cc6a1f", "#c0392b", "#7f7f7f")
-_DASHES = ("solid", "dash", "dot", "dashdot")
+_DASHES = ("solid", "longdash", "dashdot", "dashdotdot")  # of lines; bounds have others too
 _FAR = 0.15  # distance below the lowest exit from which on a baseline is not drawn by default
 _SMOOTHED = 20  # number of steps over which the loss is averaged
 _FEW = 5  # minimum number of rows of a bin
@@ -68,15 +69,33 @@ class Trace:
     far: bool = False  # whether it is so far below the other traces that it would flatten them
 
 
+def with_shown_metric(traces: Iterable[Trace | None], metric: str) -> list[Trace | None]:
+    """Returns traces of a metric, whose y becomes its values as shown: errors are positive."""
+    shown = ShownMetric.of(metric)
+    return [
+        trace and dataclasses.replace(trace, y=shown.values(trace.y), low=shown.values(trace.low))
+        for trace in traces
+    ]
+
+
+def metric_title(metric: str) -> str:
+    """Returns the title of the axis of a metric."""
+    shown = ShownMetric.of(metric)
+    return shown.name.replace("_", " ") + shown.better
+
+
 def exit_color(exit_index: int) -> str:
     """Returns the color of an exit, the same in every figure."""
     return _COLORS[exit_index % len(_COLORS)]
 
 
-def line_dash(number: int, *, each: bool = False) -> str:
-    """Returns the dash of a line, another one whenever the colors begin again, or for each line."""
+def line_dash(number: int) -> str:
+    """Returns the dash of a line: another one for the next line, and when its color comes again.
+
+    Lines thus differ without color vision too. No dash is that of the floor or the stable oracle.
+    """
     rounds = number // len(_COLORS)
-    return _DASHES[(rounds + number * each) % len(_DASHES)]
+    return _DASHES[(rounds + number) % len(_DASHES)]
 
 
 def operating_point_traces(results: Mapping[str, Any]) -> list[Trace]:

@@ -20,7 +20,11 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
+from sweet_jax.errors import UserError
+from sweet_jax.exits.policies import policy_rule
 from sweet_jax.inference.classifier import AdaptiveClassifier
+from sweet_jax.inference.latency import read_latency
+from sweet_jax.objectives.objective import ShownMetric
 from sweet_jax.server.audit import Audit, AuditMiddleware
 from sweet_jax.server.audit_page import AuditCollector, render_page
 from sweet_jax.server.formats import NATIVE, Format
@@ -172,9 +176,27 @@ def _render_page(classifier: AdaptiveClassifier) -> str:
         "task": classifier.model.task,
         "layers": list(classifier.layers),
         "columns": list(classifier.text_columns),
+        "targets": _describe_targets(classifier),
     }
     page = _PAGE.read_text(encoding="utf-8")
     return page.replace("__ABOUT__", json.dumps(values).replace("<", "\\u003c"))
+
+
+def _describe_targets(classifier: AdaptiveClassifier) -> dict[str, str]:
+    """Returns the words for each target that the page offers, by name in TARGET_RANGES."""
+    model = classifier.model
+    metric = model.objective.metric(model.metric)
+    shown = ShownMetric.of(metric.name).name.replace("_", " ")
+    described = {"threshold": "confidence threshold", "cost": "mean cost at most"}
+    if metric.is_error:
+        described["error"] = f"{shown} at most"
+    else:
+        reads_accuracy = policy_rule(classifier.policy).curve
+        described["accuracy"] = f"{'accuracy' if reads_accuracy else shown} at least"
+    with contextlib.suppress(UserError):  # the times were measured on another machine
+        if read_latency(model, classifier.engine) is not None:
+            described["milliseconds"] = "mean milliseconds at most"
+    return described
 
 
 async def _predict(request: Request, formats: Sequence[Format], service: _Service) -> Response:
