@@ -10,7 +10,7 @@ text left) and cost (fraction of the full model's layers), or error for a row wh
 or blank (for pairs: missing). If its name ends in .csv or .parquet, it is a table instead. An
 interrupted command that is run again resumes where the output ends. Without a target, the threshold
 is the cheapest one that kept the full model's metric on calibration rows. Exit status: 0 done, 2
-the input is wrong, 3 no row could be classified, 1 anything else.
+the input is wrong or no row of it could be classified, 1 anything else.
 
 """
 
