@@ -204,7 +204,7 @@ def analyse(
         calibrators,
         on_calibration,
         curve,
-        read_curve(curve, grid_thresholds(policy, outcomes, exits)),
+        read_curve(curve, grid_thresholds(policy, outcomes, exits, curve.threshold)),
         np.asarray(
             [
                 curve_area(cost, metric) if np.isfinite(logits).all() else np.nan

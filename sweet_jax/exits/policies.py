@@ -83,8 +83,8 @@ def load_policy(reference: str) -> PolicyFunction | Policy:
 def policy_rule(policy: str | PolicyFunction) -> Policy:
     """Returns the properties of a policy.
 
-    A function is assumed to read no curve, and to return confidences from 0 to 1. Raises UserError
-    for an unknown name, and for what is neither a name nor a function.
+    A function is assumed to read no curve, and the range of its confidences is unknown. Raises
+    UserError for an unknown name, and for what is neither a name nor a function.
     """
     if not isinstance(policy, str) and not callable(policy):
         raise UserError(f"policy must be a name or a function; got {policy!r:.80}")
@@ -93,7 +93,7 @@ def policy_rule(policy: str | PolicyFunction) -> Policy:
         if isinstance(found, Policy):
             return found
     about = f"user-defined policy {policy_name(policy)}"
-    return Policy(_read_outputs, about, needs_probabilities=False)
+    return Policy(_read_outputs, about, high=None, needs_probabilities=False)
 
 
 def _read_outputs(inputs: PolicyInput) -> np.ndarray:
@@ -101,18 +101,35 @@ def _read_outputs(inputs: PolicyInput) -> np.ndarray:
     raise TypeError("a user-defined policy is a function of (outputs, temperatures)")
 
 
-def grid_thresholds(policy: str | PolicyFunction, outcomes: int, exits: int) -> np.ndarray:
+def grid_thresholds(
+    policy: str | PolicyFunction, outcomes: int, exits: int, breakpoints: np.ndarray | None = None
+) -> np.ndarray:
     """Returns 11 thresholds evenly spaced over the range of a policy's confidences, float64 [11].
 
     The range is [1/K, 1] for the largest probability of K outcomes (classes), as in the SWEET
-    paper's experimental setup, and [0, 1] for most other policies. Patience, which counts exits,
-    has E thresholds instead: 1, 2, ..., E.
+    paper's experimental setup, and [0, 1] for most other policies. If it is unknown, it is that of
+    the finite breakpoints, or [0, 1] without any. Patience, which counts exits, has E thresholds
+    instead: 1, 2, ..., E.
+
+    Args:
+      policy: name of a policy, or user-defined function.
+      outcomes: number of outcomes K.
+      exits: number of exits E.
+      breakpoints: thresholds at which some row changes its exit, float64 of any shape.
+
     """
     rule = policy_rule(policy)
     if rule.by_exits and rule.low == 1:
         return np.arange(1.0, exits + 1)
+    high = float(exits) if rule.by_exits else rule.high
+    if high is None:
+        values = np.zeros(0) if breakpoints is None else breakpoints
+        finite = values[np.abs(values) < LARGEST]  # which stands for +inf
+        low, high = (finite.min(), finite.max()) if finite.size else (0.0, 1.0)
+        share = np.linspace(0, 1, 11)
+        return (1 - share) * low + share * high  # the difference of large values could overflow
     low = 1 / outcomes if rule.low is None else rule.low
-    return np.linspace(low, exits if rule.by_exits else 1.0, 11)
+    return np.linspace(low, high, 11)
 
 
 def exit_confidences(
