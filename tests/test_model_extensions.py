@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -308,6 +309,33 @@ def test_declared_owner_of_parameter_group_is_applied_and_required(options, toy,
     monkeypatch.setitem(FAMILIES, "toy", dataclasses.replace(TOY, owners={"offset": "shared"}))
     with pytest.raises(UserError, match=r"segment_parallel needs .* all exits train 'offset'"):
         prepare(from_mapping(values | {"segment_parallel": True}))
+
+
+@pytest.mark.parametrize(
+    ("table", "missing", "message"),
+    [
+        ("layer", "mix", "'layers/0/mix/bias': add 'mix' to 'layer' of its TensorNames"),
+        ("encoder", "offset", "'offset/bias': add 'offset' to 'encoder' of its TensorNames"),
+        (
+            "encoder",
+            "embeddings/norm",
+            "'embeddings/norm/bias': add 'embeddings/norm' to 'encoder' of its TensorNames",
+        ),
+    ],
+)
+@pytest.mark.parametrize("typed", [True, False])
+def test_parameter_without_a_tensor_name_is_refused(
+    toy, monkeypatch, table, missing, message, typed
+):
+    entries = {k: v for k, v in getattr(TOY.names, table).items() if k != missing}
+    names = dataclasses.replace(TOY.names, **{table: entries})
+    monkeypatch.setitem(FAMILIES, "toy", dataclasses.replace(TOY, names=names))
+    if not typed:  # the type is then guessed from the names of all families
+        values = json.loads((toy / "config.json").read_text())
+        (toy / "config.json").write_text(json.dumps(values | {"model_type": ""}))
+    message = f"the encoder family 'toy' names no tensor for its parameter {message}"
+    with pytest.raises(UserError, match=re.escape(message)):
+        _ = open_checkpoint(str(toy)).weights
 
 
 @pytest.mark.parametrize("owners", [{"layers": "first"}, {"offset": "last"}])

@@ -8,6 +8,7 @@ checkpoint_folder.py.
 import dataclasses
 from collections.abc import Mapping
 
+from sweet_jax.errors import UserError
 from sweet_jax.models.encoder import Encoder
 from sweet_jax.models.encoder_config import EncoderConfig
 from sweet_jax.models.ownership import BUILT_IN_GROUPS, OWNERS
@@ -58,3 +59,13 @@ class EncoderFamily:
                     f"{', '.join(BUILT_IN_GROUPS)}, as one of {', '.join(map(repr, OWNERS))}"
                 )
         _ = POOLINGS[self.default_pooling]
+
+    def tensor_name(self, path: tuple[str | int, ...]) -> str:
+        """Returns the Hugging Face name of the encoder's parameter at a path.
+
+        Raises UserError if `names` does not have it.
+        """
+        try:
+            return self.names.name(path)
+        except UserError as error:
+            raise UserError(f"the encoder family {self.model_type!r} {error}") from error
