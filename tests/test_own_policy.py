@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import json
+import re
 import shutil
 import sys
 from types import SimpleNamespace
@@ -121,6 +122,45 @@ def test_reloaded_module_gives_its_new_policy_function(tmp_path, monkeypatch):
     module = importlib.reload(sys.modules["reloaded_policy"])
     assert load_policy("reloaded_policy:one") is module.one is not before
     assert policy_reference(module.one) == "reloaded_policy:one"
+
+
+@pytest.mark.parametrize(
+    ("policy", "reason"),
+    [("lead", "which is unknown"), ("nowhere:LEAD", "which cannot be imported: ModuleNotFoundErr")],
+)
+def test_missing_policy_of_a_run_or_model_is_refused_unless_another_is_named(
+    run, sweet, fine_tuned, tmp_path, policy, reason
+):
+    shutil.copytree(fine_tuned[0] / "model", tmp_path / "model")
+    path = tmp_path / "model" / "exits.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"policy": policy}))
+    model = open_model(tmp_path / "model")
+    engine = load_engine(model)
+    identity = dataclasses.replace(run.outputs.identity, policy=policy)
+    splits = [dataclasses.replace(o, identity=identity) for o in (run.calibration, run.outputs)]
+    unnamed = Run.load(run.directory)
+    vars(unnamed).update(calibration=splits[0], outputs=splits[1])
+    for owner, use in (
+        (
+            f"the model {str(tmp_path / 'model')!r}",
+            lambda: AdaptiveClassifier(model, engine=engine),
+        ),
+        ("this run", lambda: analyse(*splits)),
+        ("this run", unnamed.curve),
+    ):
+        message = f"{owner} needs the policy {policy!r}, {reason}"
+        with pytest.raises(UserError, match=re.escape(message)) as error:
+            use()
+        assert "install or import the package that defines it, or pass another --policy" in str(
+            error.value
+        )
+    with pytest.raises(UserError, match=rf"^(unknown )?policy '{policy}': "):
+        AdaptiveClassifier(model, policy, engine=engine)
+    named = AdaptiveClassifier(model, "confidence", {"cost": 0.6}, engine)
+    expected = sweet.classifier.at("confidence", cost=0.6)
+    assert named.threshold == expected.threshold
+    np.testing.assert_array_equal(unnamed.curve("confidence").score, run.curve("confidence").score)
+    assert analyse(*splits, "confidence").resolver(0).threshold("confidence", cost=0.6)
 
 
 def write_outputs(outputs, temperatures):

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from sweet_jax.errors import UserError, one_line
+from sweet_jax.errors import UnknownNameError, UserError, one_line
 from sweet_jax.exits.calibration import Calibrator, categorical_variables
 from sweet_jax.exits.certificates import LARGEST
 from sweet_jax.exits.confidences import POLICIES, Policy, PolicyInput
@@ -94,6 +94,25 @@ def policy_rule(policy: str | PolicyFunction) -> Policy:
             return found
     about = f"user-defined policy {policy_name(policy)}"
     return Policy(_read_outputs, about, high=None, needs_probabilities=False)
+
+
+def check_default_policy(policy: str, owner: str) -> None:
+    """Checks the policy of a run or a saved model, which applies if the user names none.
+
+    Args:
+      policy: its name.
+      owner: the run or the saved model, in words.
+
+    Raises UserError if it cannot be found, for example in a package that is not installed.
+
+    """
+    try:
+        policy_rule(policy)
+    except UnknownNameError as error:
+        raise UserError(
+            f"{owner} needs the policy {policy!r}, {error.reason}: install or import the package "
+            "that defines it, or pass another --policy"
+        ) from error
 
 
 def _read_outputs(inputs: PolicyInput) -> np.ndarray:
