@@ -169,7 +169,7 @@ def exit_confidences(
 
     Raises:
       UserError: the name is unknown, the policy reads curves, learned scores or probabilities that
-        are not available, or a user-defined function fails or returns another shape.
+        are not available, or a function that is not of this package fails or returns another shape.
       ValueError: the calibrators are for other numbers of replicas or exits.
 
     """
@@ -198,7 +198,8 @@ def exit_confidences(
             raise UserError(f"the policy {policy!r} needs calibration rows: pass them as well")
         learned = [None] * replicas if outputs.exit_scores is None else outputs.exit_scores
         each = zip(outputs.logits, learned, calibrators, strict=True)
-        confidences = np.stack([rule.confidences(PolicyInput(*one, objective)) for one in each])
+        inputs = [PolicyInput(*one, objective) for one in each]
+        confidences = _call_rule(policy, rule, inputs)
     if confidences.shape != outputs.logits.shape[:3]:
         raise UserError(
             f"the policy {policy_name(policy)!r} must return confidences [R, E, N] = "
@@ -228,10 +229,31 @@ def _call_function(
     try:
         return np.asarray(function(read_only, temperatures), np.float64)
     except Exception as error:  # the function can raise anything
-        raise UserError(
-            f"the policy {policy_name(policy)!r} failed ({type(error).__name__}: "
-            f"{one_line(error)}): fix it: it must take (outputs, temperatures) and return an array"
-        ) from error
+        raise _failure(policy, error, "(outputs, temperatures)") from error
+
+
+def _call_rule(
+    policy: str | PolicyFunction, rule: Policy, inputs: Sequence[PolicyInput]
+) -> np.ndarray:
+    """Returns the confidences of a `Policy` for each replica, float64 [R, E, N].
+
+    Raises UserError if it is not one of this package and fails.
+    """
+    try:
+        return np.stack([np.asarray(rule.confidences(one), np.float64) for one in inputs])
+    except UserError:
+        raise
+    except Exception as error:  # the function can raise anything
+        if POLICIES.is_own(policy):
+            raise
+        raise _failure(policy, error, "a PolicyInput") from error
+
+
+def _failure(policy: str | PolicyFunction, error: Exception, arguments: str) -> UserError:
+    return UserError(
+        f"the policy {policy_name(policy)!r} failed ({type(error).__name__}: {one_line(error)}): "
+        f"fix it: it must take {arguments} and return an array"
+    )
 
 
 def _read_only(values: np.ndarray) -> np.ndarray:
