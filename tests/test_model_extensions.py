@@ -263,6 +263,19 @@ def test_encoder_family_of_user_trains_predicts_and_exports(toy, tmp_path, monke
         open_checkpoint(str(run / "model"))
 
 
+def test_saved_model_of_an_unknown_family_needs_the_package_that_defines_it(toy, monkeypatch):
+    monkeypatch.delitem(FAMILIES, "toy")
+    fix = ": install the package that defines this family"
+    with pytest.raises(UserError, match="has model_type 'toy'; supported are bert") as error:
+        open_checkpoint(str(toy))
+    assert fix not in str(error.value)
+    deeper = shutil.copytree(toy, toy / "depth_3")
+    (toy / "exits.json").write_text("{}")
+    for folder in (toy, deeper):
+        with pytest.raises(UserError, match=f"model_type 'toy'; supported are bert.*albert{fix}$"):
+            open_checkpoint(str(folder))
+
+
 @pytest.mark.parametrize("named", [True, False])
 def test_entry_point_adds_encoder_family(toy, monkeypatch, named):
     monkeypatch.delitem(FAMILIES, "toy")
