@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 from sweet_jax.data.readers import COMPRESSED
 from sweet_jax.data.records import format_of
 from sweet_jax.errors import UserError
-from sweet_jax.file_lock import lock_file
+from sweet_jax.file_lock import check_locks, lock_file
 from sweet_jax.files import atomic_write, read_json, write_json
 from sweet_jax.inference.prediction_tables import TABLE_WRITERS
 
@@ -89,6 +89,8 @@ class OutputFile:
         Raises UserError if the file cannot be written, is one of the input files `sources`, or is
         in use by another process, if a table already exists, or for a format that is not written.
         """
+        if not self.streams:
+            check_locks()  # before a file is left behind
         if not self.streams and self._has_other_format():
             raise UserError(
                 f"--output {str(self.path)!r} has a format that predictions are not written in: "
