@@ -13,6 +13,7 @@ import threading
 import time
 import weakref
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -172,6 +173,14 @@ def test_detail_has_null_prediction_for_diverged_exit(classifier, texts):
     assert exits[0] == {"layer": 2, "label": None, "probability": None}
     assert len(exits) == 2  # the first finite one is taken, whatever the threshold
     assert exits[1]["probability"] == response["answers"][0]["probability"] > 0
+
+
+@pytest.mark.parametrize(("system", "reused"), [("posix", True), ("nt", False)])
+def test_port_in_use_is_never_shared_on_windows(monkeypatch, system, reused):
+    monkeypatch.setattr(serve, "os", SimpleNamespace(name=system))
+    with serve._bound("127.0.0.1", 0) as listener:
+        option = listener.getsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR)
+    assert bool(option) is reused
 
 
 def test_operating_point_cache_is_thread_safe_and_bounded(classifier):
