@@ -355,3 +355,9 @@ def test_parameter_without_a_tensor_name_is_refused(
 def test_invalid_declared_owners_are_refused(owners):
     with pytest.raises(ValueError, match="owners of toy"):
         dataclasses.replace(TOY, owners=owners)
+
+
+def test_family_without_a_name_of_its_word_embeddings_is_refused():
+    names = dataclasses.replace(TOY.names, encoder={"offset": "offset"})
+    with pytest.raises(ValueError, match="names of toy: add 'embeddings/word'"):
+        dataclasses.replace(TOY, names=names)

@@ -20,7 +20,8 @@ from sweet_jax.poolings import POOLINGS
 class EncoderFamily:
     """Describes an encoder family.
 
-    Raises UserError for a pooling that cannot be found, and ValueError for invalid owners.
+    Raises UserError for a pooling that cannot be found, and ValueError for invalid owners and for
+    names without the word embeddings.
 
     Attributes:
       model_type: model_type in the family's config.json.
@@ -58,6 +59,11 @@ class EncoderFamily:
                     f"owners of {self.model_type}: {group!r}: {owner!r}; declare other groups than "
                     f"{', '.join(BUILT_IN_GROUPS)}, as one of {', '.join(map(repr, OWNERS))}"
                 )
+        if "embeddings/word" not in self.names.encoder:
+            raise ValueError(
+                f"names of {self.model_type}: add 'embeddings/word', the table of the token ids, "
+                "to 'encoder' of its TensorNames"
+            )
         _ = POOLINGS[self.default_pooling]
 
     def tensor_name(self, path: tuple[str | int, ...]) -> str:
