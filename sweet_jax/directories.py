@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from sweet_jax.errors import UserError
-from sweet_jax.file_lock import lock_file
+from sweet_jax.file_lock import check_locks, lock_file
 
 _REPLACED = ".replaced"  # suffix of the name of a directory while another one takes its place
 
@@ -82,6 +82,7 @@ def lock_directory(folder: Path, name: str = "workdir") -> Iterator[None]:
 
 @contextlib.contextmanager
 def _lock(folder: Path, what: str) -> Iterator[None]:
+    check_locks()  # before a file is left behind
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = open(folder / ".lock", "w", encoding="utf-8")  # noqa: SIM115 - held by the with below

@@ -50,6 +50,7 @@ class Registry(MutableMapping[str, Entry]):
         """
         self.what, self.kind, self.group = what, kind, group
         self._entries, self._own_references = dict(entries), dict(references or {})
+        self._own = frozenset((*self._entries, *self._own_references))
 
     @functools.cached_property
     def _references(self) -> dict[str, str]:
@@ -66,6 +67,10 @@ class Registry(MutableMapping[str, Entry]):
         check_choice(self.what, name, self)  # else a reference has the name
         self._entries[name] = import_entry(self.what, self._references[name], self.kind, name)
         return self._entries[name]
+
+    def is_own(self, name: Any) -> bool:
+        """Returns whether the name is that of an entry of this package."""
+        return name in self._own
 
     def get(self, name: Any, default: Any = None) -> Any:
         """Returns the entry that has the name, or a default; never imports "module:OBJECT"."""

@@ -17,7 +17,7 @@ from sweet_jax.errors import UserError, short_repr
 from sweet_jax.exits.analysis import Analysis, load_analysis
 from sweet_jax.exits.operating_point import OperatingPoint
 from sweet_jax.exits.outputs import ExitOutputs
-from sweet_jax.exits.policies import PolicyFunction, policy_reference
+from sweet_jax.exits.policies import PolicyFunction, check_default_policy, policy_reference
 from sweet_jax.exits.simulation import Curve, simulate
 from sweet_jax.exits.targets import Target, check_targets
 from sweet_jax.files import read_json
@@ -182,8 +182,10 @@ class Run:
 
     def curve(self, policy: str | PolicyFunction | None = None) -> Curve:
         """Returns the cost and metric at every threshold on the validation rows, [R, T] each."""
-        chosen = policy or self.outputs.identity.policy
-        return simulate(self.outputs, chosen, calibration=self.calibration)
+        if not policy:
+            policy = self.outputs.identity.policy
+            check_default_policy(policy, "this run")
+        return simulate(self.outputs, policy, calibration=self.calibration)
 
     def operating_point(
         self, policy: str | PolicyFunction | None = None, **target: Unpack[Target]

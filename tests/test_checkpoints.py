@@ -316,6 +316,8 @@ def test_null_pad_token_id_means_the_default_of_the_model_type(folder, tmp_path)
         ("gelu_new", "tanh"),
         ("gelu_pytorch_tanh", "tanh"),
         ("quick_gelu", "sigmoid"),
+        ("silu", "swish"),
+        ("swish", "swish"),
     ],
 )
 def test_activations_have_the_formulas_of_transformers(folder, name, formula):
@@ -326,6 +328,7 @@ def test_activations_have_the_formulas_of_transformers(folder, name, formula):
         "erf": 0.5 * x * (1 + np.asarray(jax.lax.erf(x / np.float32(np.sqrt(2))))),
         "tanh": 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))),
         "sigmoid": x / (1 + np.exp(-1.702 * x)),
+        "swish": x / (1 + np.exp(-x)),
     }[formula]
     np.testing.assert_allclose(ACTIVATIONS[name](x), expected, rtol=0, atol=1e-6)
 

@@ -1,5 +1,6 @@
 """Full disks, what killed runs leave behind, and the script that kills runs."""
 
+import contextlib
 import errno
 import json
 import os
@@ -33,6 +34,8 @@ from sweet_jax.directories import (
 )
 from sweet_jax.errors import UserError
 from sweet_jax.files import write_json
+from sweet_jax.inference.audit_log import AuditLog
+from sweet_jax.inference.prediction_file import OutputFile
 from sweet_jax.main import main
 from sweet_jax.run_directory import claim_run_directory
 from sweet_jax.storage_errors import storage_failure
@@ -452,9 +455,20 @@ def test_killed_run_resumes_without_differing_bits_and_is_counted(tmp_path):
     assert counts["total"] == {"kills": 1, "runs": 1, "bits_compared": bits, "differing_bits": 0}
 
 
-def test_run_is_refused_when_system_has_no_file_locks(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "lock",
+    [
+        lambda folder: lock_directory(folder / "run"),
+        lambda folder: whole_directory(folder / "copy"),
+        lambda folder: OutputFile(folder / "rows.csv").open([]),
+        lambda folder: contextlib.closing(AuditLog(str(folder / "audit.jsonl"), {}, 1000)),
+    ],
+    ids=["run", "export", "predict", "audit"],
+)
+def test_command_is_refused_without_files_when_system_has_no_locks(tmp_path, monkeypatch, lock):
     """As on Windows, where the package can still be imported and models opened."""
     monkeypatch.setattr(file_lock, "fcntl", None)
     refusal = r"^this command locks files, which needs Linux or macOS"
-    with pytest.raises(UserError, match=refusal), lock_directory(tmp_path / "run"):
+    with pytest.raises(UserError, match=refusal), lock(tmp_path):
         pass
+    assert not [*tmp_path.iterdir()]

@@ -19,6 +19,7 @@ from tiny import WORDS, write_checkpoint
 
 from sweet_jax import AdaptiveClassifier, export, predict
 from sweet_jax.errors import UserError
+from sweet_jax.exits import confidences
 from sweet_jax.exits.policies import exit_confidences
 from sweet_jax.inference import classifier as classifier_module
 from sweet_jax.inference.engine_choice import default_engine
@@ -89,6 +90,19 @@ def test_threshold_that_no_early_exit_reaches_is_warned_of(sweet, policy, thresh
         classifier = sweet.classifier.at(policy, threshold=threshold)
         predictions = classifier.predict(sweet.texts[:4], 4)
         assert predictions.exits.tolist() == [model.layers[-1]] * 4
+
+
+@pytest.mark.parametrize(
+    ("high", "warned"), [(1.0, "at most 1)"), (3.5, None), (2.25, "at most 2.25)"), (None, None)]
+)
+def test_threshold_is_compared_with_the_largest_value_that_a_policy_declares(
+    sweet, monkeypatch, high, warned
+):
+    monkeypatch.setitem(
+        confidences.POLICIES, "lead", confidences.Policy(lambda inputs: None, "", high=high)
+    )
+    warning = target_warning(sweet.classifier.model, "lead", {"threshold": 2.5})
+    assert (warning is None) if warned is None else (warned in warning)
 
 
 def test_threshold_of_a_users_function_may_have_any_value(sweet):

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -262,6 +263,19 @@ def test_encoder_family_of_user_trains_predicts_and_exports(toy, tmp_path, monke
         open_checkpoint(str(run / "model"))
 
 
+def test_saved_model_of_an_unknown_family_needs_the_package_that_defines_it(toy, monkeypatch):
+    monkeypatch.delitem(FAMILIES, "toy")
+    fix = ": install the package that defines this family"
+    with pytest.raises(UserError, match="has model_type 'toy'; supported are bert") as error:
+        open_checkpoint(str(toy))
+    assert fix not in str(error.value)
+    deeper = shutil.copytree(toy, toy / "depth_3")
+    (toy / "exits.json").write_text("{}")
+    for folder in (toy, deeper):
+        with pytest.raises(UserError, match=f"model_type 'toy'; supported are bert.*albert{fix}$"):
+            open_checkpoint(str(folder))
+
+
 @pytest.mark.parametrize("named", [True, False])
 def test_entry_point_adds_encoder_family(toy, monkeypatch, named):
     monkeypatch.delitem(FAMILIES, "toy")
@@ -310,7 +324,40 @@ def test_declared_owner_of_parameter_group_is_applied_and_required(options, toy,
         prepare(from_mapping(values | {"segment_parallel": True}))
 
 
+@pytest.mark.parametrize(
+    ("table", "missing", "message"),
+    [
+        ("layer", "mix", "'layers/0/mix/bias': add 'mix' to 'layer' of its TensorNames"),
+        ("encoder", "offset", "'offset/bias': add 'offset' to 'encoder' of its TensorNames"),
+        (
+            "encoder",
+            "embeddings/norm",
+            "'embeddings/norm/bias': add 'embeddings/norm' to 'encoder' of its TensorNames",
+        ),
+    ],
+)
+@pytest.mark.parametrize("typed", [True, False])
+def test_parameter_without_a_tensor_name_is_refused(
+    toy, monkeypatch, table, missing, message, typed
+):
+    entries = {k: v for k, v in getattr(TOY.names, table).items() if k != missing}
+    names = dataclasses.replace(TOY.names, **{table: entries})
+    monkeypatch.setitem(FAMILIES, "toy", dataclasses.replace(TOY, names=names))
+    if not typed:  # the type is then guessed from the names of all families
+        values = json.loads((toy / "config.json").read_text())
+        (toy / "config.json").write_text(json.dumps(values | {"model_type": ""}))
+    message = f"the encoder family 'toy' names no tensor for its parameter {message}"
+    with pytest.raises(UserError, match=re.escape(message)):
+        _ = open_checkpoint(str(toy)).weights
+
+
 @pytest.mark.parametrize("owners", [{"layers": "first"}, {"offset": "last"}])
 def test_invalid_declared_owners_are_refused(owners):
     with pytest.raises(ValueError, match="owners of toy"):
         dataclasses.replace(TOY, owners=owners)
+
+
+def test_family_without_a_name_of_its_word_embeddings_is_refused():
+    names = dataclasses.replace(TOY.names, encoder={"offset": "offset"})
+    with pytest.raises(ValueError, match="names of toy: add 'embeddings/word'"):
+        dataclasses.replace(TOY, names=names)

@@ -1,5 +1,6 @@
 """ONNX graphs of saved models: their fused nodes, refusals and exported folders."""
 
+import dataclasses
 import math
 import shutil
 import subprocess
@@ -7,6 +8,7 @@ import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from exported_programs import assert_same, load_python
@@ -23,6 +25,7 @@ from sweet_jax.models.bert import BertEmbeddings
 from sweet_jax.models.deberta_v2 import DebertaV2Config
 from sweet_jax.models.mpnet import distance_bucket
 from sweet_jax.models.positions import rows_by_offset
+from sweet_jax.poolings import POOLINGS, Pooling
 
 pytest.importorskip("onnxruntime", reason='pip install -e ".[onnx]"')
 pytest.importorskip("onnx", reason='pip install -e ".[onnx]"')
@@ -68,6 +71,31 @@ def test_primitive_without_onnx_operator_is_refused_by_name(sweet, monkeypatch):
     )
     monkeypatch.setattr(BertEmbeddings, "positions", fixed_positions)
     assert "an array whose size must be known in advance, which an encoder" in load_error()
+
+
+def select_last(h, mask, second):
+    """Reads the last token by a masked sum."""
+    last = jnp.arange(mask.shape[1])[None] == mask.sum(axis=1, keepdims=True) - 1  # [B, L]
+    return jnp.where(last[..., None], h, 0).sum(axis=1)
+
+
+def gather_last(h, mask, second):
+    """Reads the last token by its index."""
+    last = jnp.maximum(mask.sum(axis=1) - 1, 0)
+    return jnp.take_along_axis(h, last[:, None, None], axis=1)[:, 0]
+
+
+def test_refusal_names_a_pooling_that_is_not_of_this_package(sweet, monkeypatch):
+    model = dataclasses.replace(sweet.classifier.model, pooling="last")
+    monkeypatch.setitem(POOLINGS, "last", Pooling(select_last))
+    assert build_graphs(model).networks
+    monkeypatch.setitem(POOLINGS, "last", Pooling(gather_last))
+    with pytest.raises(UserError) as error:
+        build_graphs(model)
+    assert str(error.value) == (
+        "the onnxruntime engine does not support the primitive gather of anything but rows or one "
+        "block, which an encoder of model_type 'bert' or the pooling 'last' needs: use engine=jax"
+    )
 
 
 @pytest.mark.parametrize("kind", ["bert", "modernbert", "deberta"])

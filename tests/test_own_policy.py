@@ -3,8 +3,10 @@
 import dataclasses
 import importlib
 import json
+import re
 import shutil
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,6 +17,7 @@ from sweet_jax import AdaptiveClassifier, ExitOutputs, Run, simulate
 from sweet_jax.config import from_mapping
 from sweet_jax.errors import UserError
 from sweet_jax.exits.analysis import analyse
+from sweet_jax.exits.confidences import POLICIES, Policy
 from sweet_jax.exits.policies import exit_confidences, load_policy, policy_reference
 from sweet_jax.inference.artifact import open_model
 from sweet_jax.inference.artifact_writer import describe_exits
@@ -123,6 +126,45 @@ def test_reloaded_module_gives_its_new_policy_function(tmp_path, monkeypatch):
     assert policy_reference(module.one) == "reloaded_policy:one"
 
 
+@pytest.mark.parametrize(
+    ("policy", "reason"),
+    [("lead", "which is unknown"), ("nowhere:LEAD", "which cannot be imported: ModuleNotFoundErr")],
+)
+def test_missing_policy_of_a_run_or_model_is_refused_unless_another_is_named(
+    run, sweet, fine_tuned, tmp_path, policy, reason
+):
+    shutil.copytree(fine_tuned[0] / "model", tmp_path / "model")
+    path = tmp_path / "model" / "exits.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"policy": policy}))
+    model = open_model(tmp_path / "model")
+    engine = load_engine(model)
+    identity = dataclasses.replace(run.outputs.identity, policy=policy)
+    splits = [dataclasses.replace(o, identity=identity) for o in (run.calibration, run.outputs)]
+    unnamed = Run.load(run.directory)
+    vars(unnamed).update(calibration=splits[0], outputs=splits[1])
+    for owner, use in (
+        (
+            f"the model {str(tmp_path / 'model')!r}",
+            lambda: AdaptiveClassifier(model, engine=engine),
+        ),
+        ("this run", lambda: analyse(*splits)),
+        ("this run", unnamed.curve),
+    ):
+        message = f"{owner} needs the policy {policy!r}, {reason}"
+        with pytest.raises(UserError, match=re.escape(message)) as error:
+            use()
+        assert "install or import the package that defines it, or pass another --policy" in str(
+            error.value
+        )
+    with pytest.raises(UserError, match=rf"^(unknown )?policy '{policy}': "):
+        AdaptiveClassifier(model, policy, engine=engine)
+    named = AdaptiveClassifier(model, "confidence", {"cost": 0.6}, engine)
+    expected = sweet.classifier.at("confidence", cost=0.6)
+    assert named.threshold == expected.threshold
+    np.testing.assert_array_equal(unnamed.curve("confidence").score, run.curve("confidence").score)
+    assert analyse(*splits, "confidence").resolver(0).threshold("confidence", cost=0.6)
+
+
 def write_outputs(outputs, temperatures):
     outputs.logits[:] = 0
 
@@ -141,6 +183,36 @@ def test_policy_can_neither_write_outputs_nor_read_labels(sweet, policy, reason)
     with pytest.raises(UserError, match=name):
         simulate(sweet.outputs, policy)
     np.testing.assert_array_equal(sweet.outputs.logits, before)
+
+
+def test_policies_of_the_guide_run(sweet, tmp_path, monkeypatch):
+    page = (Path(__file__).parents[1] / "docs/guides/policies.md").read_text()
+    sources = re.findall(r"```python\n# margins\.py\n(.*?)```", page, re.S)
+    (tmp_path / "guide_margins.py").write_text("".join(sources))
+    monkeypatch.syspath_prepend(tmp_path)
+    top = np.sort(sweet.outputs.logits.astype(np.float64), axis=-1)
+    gap = top[..., -1] - top[..., -2]
+    for name, expected in (("squared_margin", gap**2), ("LEAD", gap)):
+        confidences = exit_confidences(sweet.outputs, f"guide_margins:{name}")
+        np.testing.assert_allclose(confidences, expected, rtol=1e-4)
+
+
+def fail(inputs):
+    return inputs.nothing
+
+
+FAILING = Policy(fail, "reads a field that there is not")
+
+
+@pytest.mark.parametrize("policy", ["test_own_policy:FAILING", "installed"])
+def test_failing_policy_object_is_refused_in_one_line(sweet, monkeypatch, policy):
+    monkeypatch.setitem(POLICIES, "installed", FAILING)
+    message = rf"^the policy '{policy}' failed \(AttributeError: .*: it must take a PolicyInput and"
+    with pytest.raises(UserError, match=message):
+        simulate(sweet.outputs, policy)
+    monkeypatch.setitem(POLICIES, "confidence", FAILING)
+    with pytest.raises(AttributeError):  # a defect of this package is not the user's error
+        simulate(sweet.outputs, "confidence")
 
 
 def test_unusable_policies_and_missing_calibration_are_refused(sweet, fine_tuned, tmp_path):

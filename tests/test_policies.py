@@ -314,6 +314,26 @@ def test_threshold_grids_span_the_confidences():
         assert len(grid) == (3 if policy == "patience" else 11)
 
 
+def test_threshold_grid_of_unknown_range_spans_the_breakpoints(monkeypatch):
+    outputs, _ = known_table(200, seed=9)
+
+    def from_ten(outputs, temperatures):
+        confidences = 10 + outputs.logits.max(axis=-1).astype(np.float64)
+        confidences[:, 0, 0] = np.inf
+        return confidences
+
+    grid = analyse(outputs, outputs, from_ten).grid.threshold[0]
+    confidences = exit_confidences(outputs, from_ten)[0, :-1]
+    finite = np.maximum.accumulate(confidences, axis=0)[:, 1:]
+    np.testing.assert_allclose(grid, np.linspace(finite.min(), finite.max(), 11), rtol=1e-12)
+    unknown = grid_thresholds(from_ten, 5, 3, np.full((1, 4), np.inf))
+    np.testing.assert_allclose(unknown, np.linspace(0, 1, 11))
+    declared = Policy(lambda inputs: inputs.logits[..., 0], "", low=2.0, high=4.0)
+    monkeypatch.setitem(POLICIES, "declared", declared)
+    grid = grid_thresholds("declared", 5, 3, np.zeros(3))
+    np.testing.assert_allclose(grid, np.linspace(2, 4, 11))
+
+
 def classwise_error(outputs, e: int, temperature: float) -> float:
     """Returns the mean over classes of the row-weighted gaps of ten bins, by loops."""
     n, classes, total = outputs.labels.shape[1], outputs.logits.shape[-1], 0.0

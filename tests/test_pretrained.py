@@ -7,7 +7,7 @@ import shutil
 import struct
 import sys
 import types
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 
 import jax
 import ml_dtypes
@@ -20,7 +20,8 @@ from sweet_jax import load_encoder
 from sweet_jax.data.batches import tokenize
 from sweet_jax.data.splits import Split
 from sweet_jax.errors import UserError
-from sweet_jax.models.checkpoint_folder import load_tokenizer
+from sweet_jax.models import checkpoint_folder
+from sweet_jax.models.checkpoint_folder import load_tokenizer, locate_checkpoint
 from sweet_jax.models.pretrained import open_checkpoint
 
 GOLDEN = Path(__file__).parent / "golden" / "bert_small"
@@ -386,6 +387,13 @@ def test_missing_checkpoint_is_refused(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"no readable config\.json"):
         open_checkpoint(str(tmp_path / "empty"))
+
+
+def test_missing_absolute_path_of_windows_is_not_taken_for_a_hub_id(monkeypatch):
+    monkeypatch.setattr(checkpoint_folder, "Path", PureWindowsPath)
+    monkeypatch.setattr(checkpoint_folder, "_from_hub", lambda name: pytest.fail("asked the hub"))
+    with pytest.raises(UserError, match=r"^checkpoint 'C:.*' is not a directory$"):
+        locate_checkpoint(r"C:\models\bert")
 
 
 def test_checkpoint_without_a_tokenizer_is_refused(folder):

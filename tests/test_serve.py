@@ -177,6 +177,14 @@ def test_detail_has_null_prediction_for_diverged_exit(classifier, texts):
     assert exits[1]["probability"] == response["answers"][0]["probability"] > 0
 
 
+@pytest.mark.parametrize(("system", "reused"), [("posix", True), ("nt", False)])
+def test_port_in_use_is_never_shared_on_windows(monkeypatch, system, reused):
+    monkeypatch.setattr(serve, "os", SimpleNamespace(name=system))
+    with serve._bound("127.0.0.1", 0) as listener:
+        option = listener.getsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR)
+    assert bool(option) is reused
+
+
 def test_operating_point_cache_is_thread_safe_and_bounded(classifier):
     worker = Worker(classifier, 2, 100)
     thresholds = [i / 1000 for i in range(600)]

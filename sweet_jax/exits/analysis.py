@@ -18,6 +18,7 @@ from sweet_jax.exits.operating_point import OperatingPoint, make_resolver
 from sweet_jax.exits.outputs import ExitOutputs
 from sweet_jax.exits.policies import (
     PolicyFunction,
+    check_default_policy,
     exit_confidences,
     grid_thresholds,
     policy_name,
@@ -195,7 +196,9 @@ def analyse(
     and for calibration or tuning rows of another model.
 
     """
-    policy = policy or validation.identity.policy
+    if not policy:
+        policy = validation.identity.policy
+        check_default_policy(policy, "this run")
     policy_rule(policy)
     for rows in (calibration, tuning):
         if rows is not None:
@@ -217,7 +220,7 @@ def analyse(
         calibrators,
         on_calibration,
         curve,
-        read_curve(curve, grid_thresholds(policy, outcomes, exits)),
+        read_curve(curve, grid_thresholds(policy, outcomes, exits, curve.threshold)),
         np.asarray(
             [
                 curve_area(cost, metric) if np.isfinite(logits).all() else np.nan

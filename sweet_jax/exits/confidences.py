@@ -191,8 +191,9 @@ class Policy:
       about: one line of help.
       curve: kind of the reliability curve that it reads, or "". If set, the threshold is an
         accuracy.
-      by_exits: whether its largest value is the number of exits rather than 1.
+      by_exits: whether its largest value is the number of exits rather than `high`.
       low: smallest value; None stands for 1 / K.
+      high: largest value; None if the range is unknown, also its lower end.
       needs_all_rows: whether the confidence of a row depends on the other rows, so that the policy
         can neither be served nor certified.
       for_one_row: name of the policy that a saved model has in place of one that needs all rows.
@@ -210,6 +211,7 @@ class Policy:
     curve: str = ""
     by_exits: bool = False
     low: float | None = 0.0
+    high: float | None = 1.0
     needs_all_rows: bool = False
     for_one_row: str = ""
     needs_probabilities: bool = True

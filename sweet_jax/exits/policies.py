@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from sweet_jax.errors import UserError, one_line
+from sweet_jax.errors import UnknownNameError, UserError, one_line
 from sweet_jax.exits.calibration import Calibrator, categorical_variables
 from sweet_jax.exits.certificates import LARGEST
 from sweet_jax.exits.confidences import POLICIES, Policy, PolicyInput
@@ -83,8 +83,8 @@ def load_policy(reference: str) -> PolicyFunction | Policy:
 def policy_rule(policy: str | PolicyFunction) -> Policy:
     """Returns the properties of a policy.
 
-    A function is assumed to read no curve, and to return confidences from 0 to 1. Raises UserError
-    for an unknown name, and for what is neither a name nor a function.
+    A function is assumed to read no curve, and the range of its confidences is unknown. Raises
+    UserError for an unknown name, and for what is neither a name nor a function.
     """
     if not isinstance(policy, str) and not callable(policy):
         raise UserError(f"policy must be a name or a function; got {policy!r:.80}")
@@ -93,7 +93,26 @@ def policy_rule(policy: str | PolicyFunction) -> Policy:
         if isinstance(found, Policy):
             return found
     about = f"user-defined policy {policy_name(policy)}"
-    return Policy(_read_outputs, about, needs_probabilities=False)
+    return Policy(_read_outputs, about, high=None, needs_probabilities=False)
+
+
+def check_default_policy(policy: str, owner: str) -> None:
+    """Checks the policy of a run or a saved model, which applies if the user names none.
+
+    Args:
+      policy: its name.
+      owner: the run or the saved model, in words.
+
+    Raises UserError if it cannot be found, for example in a package that is not installed.
+
+    """
+    try:
+        policy_rule(policy)
+    except UnknownNameError as error:
+        raise UserError(
+            f"{owner} needs the policy {policy!r}, {error.reason}: install or import the package "
+            "that defines it, or pass another --policy"
+        ) from error
 
 
 def _read_outputs(inputs: PolicyInput) -> np.ndarray:
@@ -101,18 +120,35 @@ def _read_outputs(inputs: PolicyInput) -> np.ndarray:
     raise TypeError("a user-defined policy is a function of (outputs, temperatures)")
 
 
-def grid_thresholds(policy: str | PolicyFunction, outcomes: int, exits: int) -> np.ndarray:
+def grid_thresholds(
+    policy: str | PolicyFunction, outcomes: int, exits: int, breakpoints: np.ndarray | None = None
+) -> np.ndarray:
     """Returns 11 thresholds evenly spaced over the range of a policy's confidences, float64 [11].
 
     The range is [1/K, 1] for the largest probability of K outcomes (classes), as in the SWEET
-    paper's experimental setup, and [0, 1] for most other policies. Patience, which counts exits,
-    has E thresholds instead: 1, 2, ..., E.
+    paper's experimental setup, and [0, 1] for most other policies. If it is unknown, it is that of
+    the finite breakpoints, or [0, 1] without any. Patience, which counts exits, has E thresholds
+    instead: 1, 2, ..., E.
+
+    Args:
+      policy: name of a policy, or user-defined function.
+      outcomes: number of outcomes K.
+      exits: number of exits E.
+      breakpoints: thresholds at which some row changes its exit, float64 of any shape.
+
     """
     rule = policy_rule(policy)
     if rule.by_exits and rule.low == 1:
         return np.arange(1.0, exits + 1)
+    high = float(exits) if rule.by_exits else rule.high
+    if high is None:
+        values = np.zeros(0) if breakpoints is None else breakpoints
+        finite = values[np.abs(values) < LARGEST]  # which stands for +inf
+        low, high = (finite.min(), finite.max()) if finite.size else (0.0, 1.0)
+        share = np.linspace(0, 1, 11)
+        return (1 - share) * low + share * high  # the difference of large values could overflow
     low = 1 / outcomes if rule.low is None else rule.low
-    return np.linspace(low, exits if rule.by_exits else 1.0, 11)
+    return np.linspace(low, high, 11)
 
 
 def exit_confidences(
@@ -133,7 +169,7 @@ def exit_confidences(
 
     Raises:
       UserError: the name is unknown, the policy reads curves, learned scores or probabilities that
-        are not available, or a user-defined function fails or returns another shape.
+        are not available, or a function that is not of this package fails or returns another shape.
       ValueError: the calibrators are for other numbers of replicas or exits.
 
     """
@@ -162,7 +198,8 @@ def exit_confidences(
             raise UserError(f"the policy {policy!r} needs calibration rows: pass them as well")
         learned = [None] * replicas if outputs.exit_scores is None else outputs.exit_scores
         each = zip(outputs.logits, learned, calibrators, strict=True)
-        confidences = np.stack([rule.confidences(PolicyInput(*one, objective)) for one in each])
+        inputs = [PolicyInput(*one, objective) for one in each]
+        confidences = _call_rule(policy, rule, inputs)
     if confidences.shape != outputs.logits.shape[:3]:
         raise UserError(
             f"the policy {policy_name(policy)!r} must return confidences [R, E, N] = "
@@ -192,10 +229,31 @@ def _call_function(
     try:
         return np.asarray(function(read_only, temperatures), np.float64)
     except Exception as error:  # the function can raise anything
-        raise UserError(
-            f"the policy {policy_name(policy)!r} failed ({type(error).__name__}: "
-            f"{one_line(error)}): fix it: it must take (outputs, temperatures) and return an array"
-        ) from error
+        raise _failure(policy, error, "(outputs, temperatures)") from error
+
+
+def _call_rule(
+    policy: str | PolicyFunction, rule: Policy, inputs: Sequence[PolicyInput]
+) -> np.ndarray:
+    """Returns the confidences of a `Policy` for each replica, float64 [R, E, N].
+
+    Raises UserError if it is not one of this package and fails.
+    """
+    try:
+        return np.stack([np.asarray(rule.confidences(one), np.float64) for one in inputs])
+    except UserError:
+        raise
+    except Exception as error:  # the function can raise anything
+        if POLICIES.is_own(policy):
+            raise
+        raise _failure(policy, error, "a PolicyInput") from error
+
+
+def _failure(policy: str | PolicyFunction, error: Exception, arguments: str) -> UserError:
+    return UserError(
+        f"the policy {policy_name(policy)!r} failed ({type(error).__name__}: {one_line(error)}): "
+        f"fix it: it must take {arguments} and return an array"
+    )
 
 
 def _read_only(values: np.ndarray) -> np.ndarray:

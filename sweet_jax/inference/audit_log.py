@@ -13,7 +13,7 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 
 from sweet_jax.errors import UserError
-from sweet_jax.file_lock import lock_file
+from sweet_jax.file_lock import check_locks, lock_file
 from sweet_jax.inference.audit_identity import check_same_model
 from sweet_jax.paths import expand_user
 
@@ -57,7 +57,8 @@ class AuditLog:
       model: values of the first line: the model, see `describe_audited`, and the operating point.
       size: maximum size in bytes of both files together.
 
-    Raises UserError if the file cannot be written, or another process writes it.
+    Raises UserError if the file cannot be written, another process writes it, or the operating
+    system has no locks.
 
     """
 
@@ -67,6 +68,8 @@ class AuditLog:
         self.path, self._half = expand_user(path), size // 2
         self._first = json.dumps({"version": _VERSION, **model}) + "\n"
         try:
+            if self.path.is_file() or not self.path.exists():
+                check_locks()  # before a file is left behind
             self._file = self.path.open("a", encoding="utf-8")
             with contextlib.ExitStack() as refused:
                 refused.callback(self.close)

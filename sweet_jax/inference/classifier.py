@@ -15,7 +15,7 @@ from typing import Any, Unpack, cast
 
 from sweet_jax.errors import UserError, check_choice
 from sweet_jax.exits.calibration import Calibrator
-from sweet_jax.exits.policies import PolicyFunction, policy_name, policy_rule
+from sweet_jax.exits.policies import PolicyFunction, check_default_policy, policy_name, policy_rule
 from sweet_jax.exits.targets import Target, check_targets
 from sweet_jax.inference.artifact import ModelArtifact, open_model
 from sweet_jax.inference.encoding import encode_requests
@@ -92,6 +92,8 @@ class AdaptiveClassifier:
         self._saved = model  # without the operating points of a user's own policy
         self.text_columns = model.text_columns
         self.policy = model.policy if policy is None else policy
+        if policy is None:
+            check_default_policy(model.policy, f"the model {str(model.folder)!r}")
         policy_rule(self.policy)  # raises for an unknown name, before weights are read
         self.engine = engine or load_engine(default_engine(model), model)
         self._exit_rates: list[float] = []

@@ -129,9 +129,11 @@ def build_segment(
 
 
 def _refusal(network: Network, feature: str) -> UserError:
+    own = not POOLINGS.is_own(network.pooling)
+    pooling = f" or the pooling {network.pooling!r}" if own else ""
     return UserError(
         f"the onnxruntime engine does not support {feature}, which an encoder of model_type "
-        f"{network.model_type!r} needs: use engine=jax"
+        f"{network.model_type!r}{pooling} needs: use engine=jax"
     )
 
 

@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 from sweet_jax.data.readers import COMPRESSED
 from sweet_jax.data.records import format_of
 from sweet_jax.errors import UserError
-from sweet_jax.file_lock import lock_file
+from sweet_jax.file_lock import check_locks, lock_file
 from sweet_jax.files import atomic_write, read_json, write_json
 from sweet_jax.inference.prediction_tables import TABLE_WRITERS
 
@@ -92,6 +92,8 @@ class OutputFile:
         written = [path for path in {self.path, self._rows} if os.path.exists(path)]
         if any(os.path.samefile(path, source) for path in written for source in sources):
             raise UserError("--output and --input are the same file: choose another --output")
+        if not self.streams:
+            check_locks()  # before a file is left behind
         if not self.streams and self._has_other_format():
             raise UserError(
                 f"--output {str(self.path)!r} has a format that predictions are not written in: "

@@ -30,16 +30,16 @@ def _unreachable_threshold(
 ) -> str | None:
     """Returns a warning of a finite threshold that no early exit reaches, such as a percentage.
 
-    The confidences of a user's own function are not known.
+    There is none if the largest confidence is unknown, as for a user's own function.
     """
-    name = policy_name(policy)
-    highest = len(model.layers) - 1 if policy_rule(policy).by_exits else 1  # at an early exit
-    if ":" in name or threshold <= highest or math.isinf(threshold):
+    rule = policy_rule(policy)
+    highest = len(model.layers) - 1 if rule.by_exits else rule.high  # at an early exit
+    if highest is None or threshold <= highest or math.isinf(threshold):
         return None
     return (
-        f"threshold={threshold:g} is above all values of the policy {name} at an early exit (at "
-        f"most {highest}), so no text exits early: set a lower one, or inf, which computes the "
-        "full model at once"
+        f"threshold={threshold:g} is above all values of the policy {policy_name(policy)} at an "
+        f"early exit (at most {highest:g}), so no text exits early: set a lower one, or inf, "
+        "which computes the full model at once"
     )
 
 

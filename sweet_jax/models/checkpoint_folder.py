@@ -54,7 +54,7 @@ def locate_checkpoint(name: str) -> CheckpointFiles:
     """
     folder = resolve_path(name)
     if not os.path.isdir(folder):  # also False if access is denied
-        if name.startswith(("pkg://", "/", ".", "~")):
+        if name.startswith(("pkg://", "/", ".", "~")) or Path(name).is_absolute():
             raise UserError(f"checkpoint {name!r} is not a directory")
         folder = _from_hub(name)
     if not any(folder.glob("*.safetensors*")):  # a run may be inside the folder of its checkpoint

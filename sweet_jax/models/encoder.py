@@ -76,8 +76,9 @@ class LayerNorm(nnx.Module):
 class Attention(nnx.Module):
     """Computes multi-head self-attention, its output projection, the residual and its norm.
 
-    See Vaswani et al. 2017 (arXiv 1706.03762), section 3.2. A subclass creates its projections
-    before it calls this constructor, and may add terms to the scores.
+    See Vaswani et al. 2017 (arXiv 1706.03762), section 3.2. A subclass creates its projections, and
+    may add terms to the scores. This constructor creates `output`, with a bias, and `norm`: a
+    subclass that has others sets them after it calls this constructor.
     """
 
     def __init__(self, config: EncoderConfig, dtype, rngs: nnx.Rngs):

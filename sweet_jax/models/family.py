@@ -8,6 +8,7 @@ checkpoint_folder.py.
 import dataclasses
 from collections.abc import Mapping
 
+from sweet_jax.errors import UserError
 from sweet_jax.models.encoder import Encoder
 from sweet_jax.models.encoder_config import EncoderConfig
 from sweet_jax.models.ownership import BUILT_IN_GROUPS, OWNERS
@@ -19,7 +20,8 @@ from sweet_jax.poolings import POOLINGS
 class EncoderFamily:
     """Describes an encoder family.
 
-    Raises UserError for a pooling that cannot be found, and ValueError for invalid owners.
+    Raises UserError for a pooling that cannot be found, and ValueError for invalid owners and for
+    names without the word embeddings.
 
     Attributes:
       model_type: model_type in the family's config.json.
@@ -57,4 +59,19 @@ class EncoderFamily:
                     f"owners of {self.model_type}: {group!r}: {owner!r}; declare other groups than "
                     f"{', '.join(BUILT_IN_GROUPS)}, as one of {', '.join(map(repr, OWNERS))}"
                 )
+        if "embeddings/word" not in self.names.encoder:
+            raise ValueError(
+                f"names of {self.model_type}: add 'embeddings/word', the table of the token ids, "
+                "to 'encoder' of its TensorNames"
+            )
         _ = POOLINGS[self.default_pooling]
+
+    def tensor_name(self, path: tuple[str | int, ...]) -> str:
+        """Returns the Hugging Face name of the encoder's parameter at a path.
+
+        Raises UserError if `names` does not have it.
+        """
+        try:
+            return self.names.name(path)
+        except UserError as error:
+            raise UserError(f"the encoder family {self.model_type!r} {error}") from error

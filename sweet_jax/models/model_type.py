@@ -79,7 +79,7 @@ def _by_tensors(
         shallow = dataclasses.replace(config, num_hidden_layers=1)
         wanted = nnx.eval_shape(lambda f=family, c=shallow: f.encoder(c, jax.random.key(0)))
         leaves = jax.tree_util.tree_leaves_with_path(nnx.to_pure_dict(nnx.split(wanted)[1]))
-        names = {family.names.name(path_keys(path)) for path, _ in leaves}
+        names = {family.tensor_name(path_keys(path)) for path, _ in leaves}
         later = re.compile(rf"{re.escape(family.names.layers)}\.[1-9]")
         inside = {
             n

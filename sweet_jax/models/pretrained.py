@@ -82,9 +82,12 @@ def open_checkpoint(name: str) -> Checkpoint:
     family = FAMILIES.get(kind) if isinstance(kind, str) else None
     if family is None:
         short_name = name if len(name) <= 24 else f"…{name[-23:]}"
+        # Of a saved model, which was trained where the family was known; a Multi-Model has folders.
+        saved = any((f / "exits.json").exists() for f in (files.folder, files.folder.parent))
+        fix = ": install the package that defines this family" if kind and saved else ""
         raise UserError(
             f"checkpoint {short_name!r} has model_type {repr(kind)[:20]}; supported are "
-            f"{', '.join(FAMILIES)}"
+            f"{', '.join(FAMILIES)}{fix}"
         )
     try:
         config = family.config.from_values(files.values)

@@ -53,14 +53,19 @@ class TensorNames:
     def name(self, path: tuple[str | int, ...]) -> str:
         """Returns the Hugging Face name of the parameter at a path.
 
-        Raises KeyError if the tables do not name the parameter.
+        Raises UserError if the tables do not name its module; its message is worded to follow
+        "family ...".
         """
         *module, last = map(str, path)
         leaf = leaf_name(last)
-        module_path = "/".join(module)
+        module_path, in_layer = "/".join(module), "/".join(module[2:])
         if module_path in self.encoder:
             return f"{self.encoder[module_path]}.{leaf}"
-        return f"{self.layers}.{module[1]}.{self.layer['/'.join(module[2:])]}.{leaf}"
+        if module[:1] == ["layers"] and in_layer in self.layer:
+            return f"{self.layers}.{module[1]}.{self.layer[in_layer]}.{leaf}"
+        table, key = ("layer", in_layer) if module[:1] == ["layers"] else ("encoder", module_path)
+        fix = f"add {key!r} to {table!r} of its TensorNames" if key else "put it in a module"
+        raise UserError(f"names no tensor for its parameter {'/'.join((*module, last))!r}: {fix}")
 
     def normalized(self, names: Iterable[str]) -> dict[str, str]:
         """Maps the names in a file to those that `name` returns: no prefix, and current leaf names.

@@ -57,7 +57,7 @@ def read_weights(folder: Path, family: EncoderFamily, config: EncoderConfig) -> 
 
     Unknown tensors outside the encoder are ignored, with a warning. Raises a UserError that names
     missing, unexpected and misshapen tensors, tensors that are not floating-point, or a damaged
-    file.
+    file, or a parameter that the family names no tensor for.
     """
     names = family.names
     tensors = _renamed(folder, names, read_tensors(folder))
@@ -66,7 +66,7 @@ def read_weights(folder: Path, family: EncoderFamily, config: EncoderConfig) -> 
     shapes = {}  # in torch's layout
     for path, leaf in jax.tree_util.tree_leaves_with_path(abstract_params):
         keys, shape = path_keys(path), tuple(leaf.shape)
-        shapes[names.name(keys)] = shape[::-1] if is_transposed(keys) else shape
+        shapes[family.tensor_name(keys)] = shape[::-1] if is_transposed(keys) else shape
     hidden = config.hidden_size
     weight, bias = f"{names.pooler}.weight", f"{names.pooler}.bias"
     pooler = {weight: (hidden, hidden), bias: (hidden,)}
@@ -99,7 +99,7 @@ def read_weights(folder: Path, family: EncoderFamily, config: EncoderConfig) -> 
 
     def pick(path: tuple[Any, ...], _: jax.ShapeDtypeStruct) -> np.ndarray:
         keys = path_keys(path)
-        return _parameter(tensors[names.name(keys)], transposed=is_transposed(keys))
+        return _parameter(tensors[family.tensor_name(keys)], transposed=is_transposed(keys))
 
     dense = None
     if all(name in tensors and tensors[name].shape == shape for name, shape in pooler.items()):
