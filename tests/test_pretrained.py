@@ -133,7 +133,7 @@ def test_truncated_or_missing_safetensors_are_refused(folder):
     [
         ("bert_small", {"model_type": "gpt2"}, "model_type 'gpt2'; supported are bert, roberta"),
         ("bert_small", {"position_embedding_type": "relative_key"}, "'relative_key'; only 'absol"),
-        ("bert_small", {"hidden_act": "swish"}, "activation 'swish'"),
+        ("bert_small", {"hidden_act": "mish"}, "activation 'mish'"),
         (
             "bert_small",
             {"num_attention_heads": 0},
