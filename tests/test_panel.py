@@ -96,6 +96,12 @@ def test_bootstrap_scores_equal_metric_of_drawn_rows(metric):
     np.testing.assert_allclose(scores.area, scores.exits[:, 0])
 
 
+def config(seeds: int = 5) -> dict[str, object]:
+    """Returns the values of a config that scores.csv has."""
+    values = {"method": "sweet", "exits": [1, 2, 4, 6], "learning_rates": [1e-4]}
+    return values | {"train_size": 500, "seeds": list(range(seeds))}
+
+
 def record(area: float, seeds: int = 5, spread: float = 0.01, exits: int = 4) -> Record:
     """Returns a record whose refitted scores are two points above the trained ones."""
     rng = np.random.default_rng(0)
@@ -104,7 +110,7 @@ def record(area: float, seeds: int = 5, spread: float = 0.01, exits: int = 4) ->
         areas = area + gain + spread * rng.normal(size=seeds)
         drawn = areas + spread * rng.normal(size=(300, 1)) if exits > 1 else None
         scores[kind] = Scores(np.full((seeds, exits), area + gain), areas, drawn)
-    return Record({"exits": [1, 2, 4, 6]}, {"validation": 1000}, scores, {"cpu_seconds": 60})
+    return Record(config(seeds), {"validation": 1000}, scores, {"cpu_seconds": 60})
 
 
 def write_panel(output: Path, cells=("sst2-500", "mrpc-500")) -> None:
@@ -122,7 +128,12 @@ def write_panel(output: Path, cells=("sst2-500", "mrpc-500")) -> None:
             name: Scores(np.full((5, 1), score), np.full(5, score))
             for name, score in baselines.items()
         }
-        write_record(output, cell, "baselines", Record({}, {}, scores, {"cpu_seconds": 60}))
+        write_record(
+            output,
+            cell,
+            "baselines",
+            Record(config(), {"validation": 9}, scores, {"cpu_seconds": 60}),
+        )
 
 
 def test_record_is_read_as_written_and_file_is_small(tmp_path):
@@ -179,7 +190,12 @@ def test_score_exactly_at_the_margin_meets_a_goal(tmp_path):
     write_record(tmp_path, "sst2-500", "recipe", record(0.785))
     probes = {f"probe_{layer}": 0.81 for layer in (1, 2, 4, 6)} | {"tfidf": 0.81}
     scores = {name: Scores(np.full((5, 1), x), np.full(5, x)) for name, x in probes.items()}
-    write_record(tmp_path, "sst2-500", "baselines", Record({}, {}, scores, {"cpu_seconds": 60}))
+    write_record(
+        tmp_path,
+        "sst2-500",
+        "baselines",
+        Record(config(), {"validation": 9}, scores, {"cpu_seconds": 60}),
+    )
     met = {goal.text: goal.met_in for goal in goals(load_scores(tmp_path)[0], "recipe refit")}
     assert met["every exit at or above the frozen probe less 0.5"] == 1
     assert met["every exit at or above TF-IDF less 0.5"] == 1
@@ -218,10 +234,10 @@ def test_committed_page_and_scores_equal_those_rendered_from_records(tmp_path):
 
 def test_score_rows_name_the_exit_the_learning_rate_and_the_metric():
     exits = np.asarray([[0.1, 0.2], [0.3, 0.4]])
-    config = {"method": "sweet", "exits": [1, 2, 4], "seeds": [5, 7], "train_size": 500}
+    values = {"method": "sweet", "exits": [1, 2, 4], "seeds": [5, 7], "train_size": 500}
     about = {"search": {"learning_rate": 3e-4}, "metric": "matthews"}
     kinds = {"refit": Scores(exits, exits.mean(1))}
-    searched = Record(config | {"learning_rates": [1e-4, 3e-4]}, {"validation": 9}, kinds, about)
+    searched = Record(values | {"learning_rates": [1e-4, 3e-4]}, {"validation": 9}, kinds, about)
     rows = score_rows("panel", "cola", "recipe", searched)
     columns = ("seed", "exit", "value", "learning_rate", "metric", "area", "diverged")
     assert [tuple(row[name] for name in columns) for row in rows] == [
@@ -230,7 +246,7 @@ def test_score_rows_name_the_exit_the_learning_rate_and_the_metric():
         (7, 2, "0.300000", 3e-4, "matthews", "0.350000", "not recorded"),
         (7, 4, "0.400000", 3e-4, "matthews", "0.350000", "not recorded"),
     ]
-    one_rate = Record(config | {"learning_rates": [1e-4]}, {"validation": 9}, kinds, {})
+    one_rate = Record(values | {"learning_rates": [1e-4]}, {"validation": 9}, kinds, {})
     assert {r["learning_rate"] for r in score_rows("panel", "cola", "plain", one_rate)} == {1e-4}
     one_exit = Scores(exits[:1, :1], exits[:1, 0])  # the same for all seeds
     baselines = Record(

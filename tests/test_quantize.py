@@ -173,7 +173,7 @@ def test_no_layer_stays_in_float32_for_an_insignificant_loss(capsys):
 
 
 def test_float32_layers_option_is_validated_and_saved(quantized_run, capsys):
-    for value in ("0", "1,x", "9", ""):
+    for value in ("0", "1,x", "9", ","):
         assert quantize.main([f"--run={quantized_run}", f"--float32_layers={value}"]) == 2
         message = "error: --float32_layers must be layers from 1 to "
         assert capsys.readouterr().err.startswith(message)
