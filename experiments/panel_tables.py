@@ -35,8 +35,9 @@ from experiments.panel_statistics import (
     variants_with_exits,
 )
 from experiments.panel_variants import BASELINES, CELLS, ROW_GROUPS, VARIANTS, stored_as, units
+from experiments.records import COLUMNS, write_table
 from experiments.rendering import table_lines
-from experiments.score_rows import score_rows, write_score_rows
+from experiments.score_rows import score_rows
 from sweet_jax.files import write_text
 
 DEFAULT = "recipe refit"
@@ -67,7 +68,7 @@ def render(output: Path) -> None:
         score_rows("panel", CELLS[cell].task, variant, record)
         for (cell, variant), record in records.items()
     )
-    write_score_rows(output / "scores.csv", itertools.chain.from_iterable(stored))
+    write_table(output / "scores.csv", COLUMNS, itertools.chain.from_iterable(stored))
 
 
 def _sections(by_cell: ScoresByCell) -> dict[str, Table]:

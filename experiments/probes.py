@@ -57,9 +57,10 @@ from experiments.recipe_results import (
     write_record,
 )
 from experiments.recipe_variants import cell_values
+from experiments.records import COLUMNS, write_table
 from experiments.rendering import table_lines
 from experiments.runner import run_resumable
-from experiments.score_rows import score_rows, write_score_rows
+from experiments.score_rows import score_rows
 from experiments.variant_runs import with_fewer_validation_rows
 from sweet_jax.baselines import run_baselines
 from sweet_jax.compilation_cache import enable_compilation_cache
@@ -230,7 +231,7 @@ def render(output: Path) -> None:
                 row | {"setting": f"{model} {pooling}"}
                 for row in score_rows("probes", task, "baselines", record)
             ]
-    write_score_rows(output / "scores.csv", csv_rows)
+    write_table(output / "scores.csv", COLUMNS, csv_rows)
 
 
 _ABOUT = f"""Made by `python -m experiments.probes`, whose docstring has the details. Accuracy in

@@ -11,8 +11,9 @@ from typing import NamedTuple
 import numpy as np
 
 from experiments.recipe_results import CELLS, Scores, read_record, record_path
+from experiments.records import COLUMNS, write_table
 from experiments.rendering import table_lines
-from experiments.score_rows import score_rows, write_score_rows
+from experiments.score_rows import score_rows
 from sweet_jax.exits.metrics import mean_interval
 from sweet_jax.files import write_text
 
@@ -218,4 +219,4 @@ def _write_scores(output: Path, variants: Sequence[str]) -> None:
         if record is not None:
             rows += score_rows("recipe", CELLS[name].task, variant, record)
     if rows:
-        write_score_rows(output / "scores.csv", rows)
+        write_table(output / "scores.csv", COLUMNS, rows)

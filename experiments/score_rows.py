@@ -2,15 +2,12 @@
 
 The columns are those of experiments.records. `exit` is empty for a baseline that reads no layer,
 and `diverged` is "not recorded": these records do not hold the failures of a run.
+
+Shape letters: S seed, E exit.
 """
 
-import csv
-from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
-
-from experiments.records import COLUMNS
-from sweet_jax.files import atomic_write
 
 
 class StoredRecord(Protocol):
@@ -67,11 +64,3 @@ def _layers(variant: str, kind: str, exits: Sequence[int], count: int) -> list[i
         return list(exits[-count:])
     number = kind.rpartition("_")[2]
     return [int(number) if number.isdigit() else ""]
-
-
-def write_score_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Writes scores.csv atomically."""
-    with atomic_write(path) as aside, aside.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        writer.writerows(rows)

@@ -5,7 +5,9 @@ Shape letters: R replica, E exit, N examples.
 
 import contextlib
 import dataclasses
+import functools
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +15,7 @@ import numpy as np
 from flax import nnx
 
 from sweet_jax.baselines import run_baselines
-from sweet_jax.config import AUTO, FORMER_KEYS, Config
+from sweet_jax.config import AUTO, Config, with_current_keys
 from sweet_jax.distributed import (
     broadcast_from_primary,
     claim_on_primary,
@@ -77,11 +79,13 @@ def run(config: Config, workdir: Path, *, report: bool = True) -> dict[str, Any]
     with raise_on_all():
         check_trackers(config.log_to)
         job = prepare(_with_earlier_pooling(config, workdir))
-    identity, before = config_values(job.config, job.digest), _older_defaults(config)
+    identity = config_values(job.config, job.digest)
     with claim_on_primary(
         workdir,
         lambda: check_inputs(input_digests(job, identity), identity),
-        lambda: claim_run_directory(workdir, identity, FREE_KEYS, before, FORMER_KEYS),
+        lambda: claim_run_directory(
+            workdir, identity, FREE_KEYS, functools.partial(_upgrade, config)
+        ),
     ):
         log_description(job)
         if job.config.head_init == "probe":
@@ -118,10 +122,14 @@ def _with_earlier_pooling(config: Config, workdir: Path) -> Config:
     return config
 
 
-def _older_defaults(config: Config) -> dict[str, Any]:
-    """Returns the values of keys that older runs did not record: their behavior was the default."""
+def _upgrade(config: Config, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the values of a config.json, which an older version may have written.
+
+    They have today's keys. What a version without some key did is the default of that key.
+    """
     usual = Config(preset=config.preset, method=config.method)
-    return dataclasses.asdict(usual.resolved()) | {"pooling": "first"}
+    defaults = dataclasses.asdict(usual.resolved()) | {"pooling": "first"}
+    return defaults | with_current_keys(values)
 
 
 def train_and_evaluate(job: PreparedRun, workdir: Path) -> Outcome:

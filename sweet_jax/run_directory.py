@@ -2,7 +2,7 @@
 
 import contextlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,7 @@ def claim_run_directory(
     workdir: Path,
     identity: Mapping[str, Any],
     free: tuple[str, ...],
-    defaults: Mapping[str, Any],
-    former: Mapping[str, str],
+    upgrade: Callable[[Mapping[str, Any]], Mapping[str, Any]],
 ) -> Iterator[None]:
     """Locks a run directory for this process and this configuration.
 
@@ -30,21 +29,21 @@ def claim_run_directory(
       identity: JSON values that identify the run; compared with config.json if it exists, and
         written to it.
       free: keys of `identity` that may differ.
-      defaults: values of keys that a config.json written by an older version lacks.
-      former: names of keys in a config.json written by an older version, with today's.
+      upgrade: function that returns the values of a config.json, which an older version may have
+        written, with today's keys.
 
     Raises UserError if the directory cannot be written to, is in use, or contains anything other
     than a run of this configuration.
 
     """
     try:
-        _check_identity(workdir, identity, free, defaults, former)  # before a directory is created
+        _check_identity(workdir, identity, free, upgrade)  # before a directory is created
     except OSError as error:
         raise UserError(
             f"workdir {str(workdir)!r} cannot be read ({error.strerror}): choose another"
         ) from error
     with lock_directory(workdir):
-        _check_identity(workdir, identity, free, defaults, former)
+        _check_identity(workdir, identity, free, upgrade)
         mend_directories(workdir)
         for path in workdir.rglob(".*.part*"):  # left by `atomic_write` in a killed process
             if path.is_file():
@@ -57,8 +56,7 @@ def _check_identity(
     workdir: Path,
     identity: Mapping[str, Any],
     free: tuple[str, ...],
-    defaults: Mapping[str, Any],
-    former: Mapping[str, str],
+    upgrade: Callable[[Mapping[str, Any]], Mapping[str, Any]],
 ) -> None:
     """Raises UserError unless a directory is absent, unclaimed, or a run with the same identity."""
     path = workdir / "config.json"
@@ -68,10 +66,7 @@ def _check_identity(
             theirs = read_json(path)
             if not isinstance(theirs, dict):
                 raise ValueError("not an object")
-            theirs = {
-                **json.loads(json.dumps(defaults)),
-                **{former.get(k, k): v for k, v in theirs.items()},
-            }
+            theirs = json.loads(json.dumps(upgrade(theirs)))
             if missing := sorted(ours.keys() - theirs.keys()):
                 raise ValueError(f"it has no {', '.join(missing)}")
         except (OSError, ValueError) as error:

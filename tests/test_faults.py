@@ -118,7 +118,7 @@ def test_partial_files_of_killed_run_are_removed(tmp_path):
         (tmp_path / name).write_text("half")
     write_json(tmp_path / "config.json", {"task": "a"})
     (tmp_path / "figures" / "curve.png").write_text("whole")
-    with claim_run_directory(tmp_path, {"task": "a"}, (), {}, {}):
+    with claim_run_directory(tmp_path, {"task": "a"}, (), dict):
         pass
     remaining = {path.name for path in tmp_path.rglob("*") if path.is_file()}
     assert remaining == {".lock", "config.json", "curve.png"}
@@ -128,7 +128,7 @@ def test_workdir_with_config_json_of_a_model_is_refused(tmp_path):
     write_json(tmp_path / "config.json", {"model_type": "bert"})
     message = r"is not the config of a run \(it has no data_sha256\): choose another workdir"
     claim = claim_run_directory(
-        tmp_path, {"task": "a", "data_sha256": "b"}, (), {"task": "sst2"}, {}
+        tmp_path, {"task": "a", "data_sha256": "b"}, (), lambda values: {"task": "sst2"} | values
     )
     with pytest.raises(UserError, match=message), claim:
         pass
@@ -157,7 +157,7 @@ def test_replaced_directory_is_complete_after_kill_at_any_step(tmp_path, monkeyp
         with pytest.raises(KeyboardInterrupt):
             replace_directory(tmp_path / ".model.part", tmp_path / "model")
     write_json(tmp_path / "config.json", {})
-    with claim_run_directory(tmp_path, {}, (), {}, {}):
+    with claim_run_directory(tmp_path, {}, (), dict):
         pass
     expected = "model" if kill_step < 3 else ".model.part"
     assert (tmp_path / "model" / "weights").read_text() == expected

@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs a subcommand; returns its exit status, which is 2 if there is no such subcommand."""
     try:
         from sweet_jax.arguments import run_command  # imports NumPy, which takes half a second
-    except (Exception, KeyboardInterrupt) as error:
+    except (Exception, KeyboardInterrupt) as error:  # NumPy turns an interruption into ImportError
         from sweet_jax.storage_errors import causes
 
         if not any(isinstance(each, KeyboardInterrupt) for each in causes(error)):

@@ -1,7 +1,6 @@
 """The settings of a run: the config keys, their checks, and the presets."""
 
 from sweet_jax.config.config import (
-    FORMER_KEYS,
     Config,
     convert_values,
     from_mapping,
@@ -15,7 +14,6 @@ from sweet_jax.config.run_keys import DTYPES
 __all__ = [
     "AUTO",
     "DTYPES",
-    "FORMER_KEYS",
     "Config",
     "check_type",
     "convert_values",

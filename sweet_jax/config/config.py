@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 # Keys of the data and the model, which are no part of a protocol, and pooling, which a preset sets.
 _NOT_PROTOCOL = ("task", "method", "checkpoint", "exits", "train_size", "pooling")
 # Names of keys in files that earlier versions wrote, with today's.
-FORMER_KEYS = {"distillation_weight": "distillation"}
+_FORMER_KEYS = {"distillation_weight": "distillation"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +81,7 @@ def from_mapping(values: Mapping[str, Any]) -> Config:
 
 def with_current_keys(values: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the values of a file that an earlier version may have written, by today's keys."""
-    return {FORMER_KEYS.get(key, key): value for key, value in values.items()}
+    return {_FORMER_KEYS.get(key, key): value for key, value in values.items()}
 
 
 def convert_values(values: Mapping[str, Any]) -> dict[str, Any]:
